@@ -1,0 +1,1 @@
+"""Speed and memory scripts and their committed results; never part of the tests."""

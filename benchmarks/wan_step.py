@@ -1,0 +1,155 @@
+"""One training step at any size with random weights, through the real engine: `python -m benchmarks.wan_step`.
+
+By default Wan2.1-I2V-14B at 49 frames of 832x480 on the GPU: seconds per step, peak memory, and the share of the bf16
+peak, both by the FLOPs that the step needs (no recomputation counted) and by those that it does. `--small` is a size
+that a CPU can do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+
+from dataset.triple import EncodedTriple
+from loraedit_ext import lora
+from loraedit_ext.config import AdapterSettings
+from loraedit_ext.flow import TimestepSampler
+from loraedit_ext.objective import Objective
+from loraedit_ext.pipeline import Engine, distributed
+from models.layers import PipelineLayer
+from models.wan.config import WanConfig
+from models.wan.wrapper import WanI2V
+
+SMALL = WanConfig(dim=256, ffn_dim=704, num_heads=2, num_layers=4, text_dim=64, image_dim=80)
+IMAGE_TOKENS = 257
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    frames: int
+    width: int
+    height: int
+    recompute: bool
+
+
+def main() -> None:
+    """Print a markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--small", action="store_true", help="a tiny model and clip")
+    parser.add_argument("--steps", type=int, default=4, help="measured steps, after one to warm up")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    options = parser.parse_args()
+    config = SMALL if options.small else WanConfig.i2v_14b()
+    cases = [Case(13, 128, 128, True), Case(13, 128, 128, False)] if options.small else [
+        Case(13, 832, 480, True), Case(49, 832, 480, True)
+    ]  # fmt: skip
+    with distributed() as world:
+        peak = matmul_rate(world.device, getattr(torch, options.dtype))
+        print(f"{device_name(world.device)}, torch {torch.__version__}, {options.dtype}; "
+              f"matrix products alone: {peak / 1e12:.1f} TFLOP/s\n")
+        print("| frames | size | recompute | s/step | peak GB | TFLOP/s needed | share |\n|---|---|---|---|---|---|---|")
+        for case in cases:
+            seconds, memory = measure(config, case, options.steps, getattr(torch, options.dtype), world.device)
+            rate = needed_flops(config, case) / seconds
+            print(f"| {case.frames} | {case.width}x{case.height} | {'yes' if case.recompute else 'no'} | {seconds:.2f} | "
+                  f"{f'{memory:.1f}' if memory else 'not counted'} | {rate / 1e12:.2f} | {rate / peak:.0%} |", flush=True)
+
+
+def measure(
+    config: WanConfig, case: Case, steps: int, dtype: torch.dtype, device: torch.device
+) -> tuple[float, float]:
+    """Seconds per step and peak memory in GB of the trainer's engine on one random sample."""
+    model = WanI2V(SimpleNamespace(config=config), device)
+    transformer = model.build_transformer()
+    layers = transformer.layers()
+    fill(layers, dtype, device)
+    lora.inject(transformer, model, AdapterSettings())
+    lora.initialise(layers, 0, device)
+    optimizer = torch.optim.AdamW(lora.trainable(layers).values(), lr=1e-4)
+    for layer in layers:
+        layer.recompute = case.recompute
+    engine = Engine(layers, [0, len(layers)], optimizer, Objective.loss, 1, 1, dtype)
+    objective = Objective(model, TimestepSampler(), 0, False)
+    sample = random_sample(model, config, case)
+
+    def step(number: int) -> None:
+        engine.train_step(iter([objective.batch("bench", [sample], [number])]), case)
+
+    step(0)
+    synchronise(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    started = time.perf_counter()
+    for number in range(1, steps + 1):
+        step(number)
+    synchronise(device)
+    peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
+    return (time.perf_counter() - started) / steps, peak
+
+
+@torch.no_grad()
+def fill(layers: list[PipelineLayer], dtype: torch.dtype, device: torch.device) -> None:
+    """Random weights in place of the meta ones, in the storage dtypes that the loader uses."""
+    for layer in layers:
+        for module in layer.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                kept = name == "modulation" or "Norm" in type(module).__name__
+                value = torch.empty(parameter.shape, dtype=torch.float32 if kept else dtype, device=device)
+                value = torch.ones_like(value) if "Norm" in type(module).__name__ else value.normal_(std=0.02)
+                setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
+
+
+def random_sample(model: WanI2V, config: WanConfig, case: Case) -> EncodedTriple:
+    """An encoded triple of the case's size."""
+    shape = model.geometry.latent_shape(case.frames, case.height, case.width)
+    condition = {
+        "y": torch.randn(20, *shape[1:]), "text": torch.randn(config.text_len, config.text_dim),
+        "image": torch.randn(IMAGE_TOKENS, config.image_dim),
+    }
+    return EncodedTriple("bench", torch.randn(shape), condition)
+
+
+def needed_flops(config: WanConfig, case: Case) -> float:
+    """FLOPs of forward, and backward to inputs and LoRA, with nothing recomputed and no gradient of the context."""
+    tokens = ((case.frames - 1) // 4 + 1) * (case.height // 16) * (case.width // 16)
+    context = config.text_len + IMAGE_TOKENS
+    linears = 2 * tokens * (4 * config.dim**2 + 2 * config.dim**2 + 2 * config.dim * config.ffn_dim)
+    context_linears = 2 * context * 2 * config.dim**2
+    self_attention, cross_attention = 4 * tokens**2 * config.dim, 4 * tokens * context * config.dim
+    forward = linears + context_linears + self_attention + cross_attention
+    backward = linears + 2.5 * (self_attention + cross_attention)
+    return config.num_layers * (forward + backward)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product in the same dtype: the peak that can be had."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        synchronise(device)
+        started = time.perf_counter()
+        a @ b
+        synchronise(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What every room may import and what imports nothing of ours: errors, files, settings, progress."""

@@ -1,0 +1,72 @@
+"""Files: atomic writes, content hashes. Nothing half-written ever carries its final name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+
+_CHUNK = 1 << 20
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path`; rename it to `path` only when the block succeeds.
+
+    An interrupted or failing write leaves `path` as it was and no debris.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        _sync(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: could not be written ({error.strerror or error}); what was there before is untouched. "
+            "Free disk space or choose another output_dir."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file through `write(temporary_path)`, atomically."""
+    with atomic_path(path) as partial:
+        write(partial)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    write_atomic(path, lambda partial: partial.write_text(text, encoding="utf-8") and None)
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    write_text_atomic(path, json.dumps(value, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """SHA-256 of a JSON value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,92 @@
+"""Closed, typed settings read from TOML: unknown keys are errors, all errors come together.
+
+A settings class derives from `Settings`; `load_settings` reads a TOML file into it and reports each
+problem with file, key, value and expectation.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from common.errors import UserError, UserErrors
+
+SECRET_KEYS = ("api_key", "token", "password")
+"""Ends of key names whose values no message repeats."""
+
+
+class Settings(BaseModel):
+    """Base of every settings table: closed, immutable, validated also for defaults."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
+    )
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parse a TOML file; a missing or malformed file is a `UserError` that names it."""
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file. Give the path of an existing TOML file.") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path}: is a folder, expected a TOML file.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}.") from error
+
+
+def load_settings(kind: type[S], path: Path, values: dict[str, Any] | None = None) -> S:
+    """Validate `values` (by default the content of the TOML at `path`) as `kind`.
+
+    Raises:
+        UserError: one or more keys are unknown, missing or of the wrong type; all are listed.
+    """
+    values = read_toml(path) if values is None else values
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        messages = [f"{path}: {_describe(kind, problem)}" for problem in error.errors()]
+        raise UserErrors(messages) if len(messages) > 1 else UserError(messages[0]) from error
+
+
+def _describe(kind: type[Settings], problem: Any) -> str:
+    location = [part for part in problem["loc"] if not str(part).startswith("function-")]
+    key = ".".join(str(part) for part in location)
+    if problem["type"] == "extra_forbidden":
+        known = sorted(_fields_at(kind, location[:-1]))
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean `{close[0]}`?" if close else f"known keys: {', '.join(known)}."
+        return f"unknown key `{key}`; {hint}"
+    if problem["type"] == "missing":
+        return f"missing key `{key}`; it is required."
+    text = problem["msg"].removeprefix("Value error, ")
+    value = "(not shown)" if key.endswith(SECRET_KEYS) else repr(problem["input"])
+    where = f"`{key}` = {value}" if key else "the file as a whole"
+    return f"{where}: {text}"
+
+
+def _fields_at(kind: Any, location: list[Any]) -> set[str]:
+    """Names of the fields of the settings table that `location` leads to."""
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = kind.model_fields.get(part)
+        nested = _settings_in(field.annotation) if field else None
+        if nested is None:
+            return set()
+        kind = nested
+    return set(kind.model_fields)
+
+
+def _settings_in(annotation: Any) -> type[Settings] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _settings_in(arg))), None)

@@ -1,0 +1,119 @@
+"""Encoded triples on disk, found by content: what went in decides the key, never a file's name or date."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from common.files import hash_json, write_atomic
+from dataset.triple import EncodedTriple
+
+CACHE_FORMAT = 1
+"""Version of the entries; part of every key, so a change of it makes all entries misses."""
+_CONDITION = "condition."
+_log = logging.getLogger(__name__)
+
+
+class LatentCache:
+    """A folder of safetensors files, one for each encoded triple; safe for several processes at once.
+
+    An identity is a JSON-able dict of all that determines the latents: hashes of the media, the job's
+    fields, the encoders' identity. Its hash names the entry, and the entry holds the whole of it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, identity: dict[str, Any]) -> Path:
+        """Where the entry of an identity is or would be."""
+        return self.folder / f"{hash_json(_full(identity))}.safetensors"
+
+    def __contains__(self, identity: dict[str, Any]) -> bool:
+        """Whether there is an entry; reads its head only, `get` may still find it damaged."""
+        path = self.path(identity)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return _matches(file.metadata(), identity)
+        except (FileNotFoundError, SafetensorError):
+            return False
+
+    def get(self, identity: dict[str, Any]) -> EncodedTriple | None:
+        """The entry of an identity, or None; a damaged one is removed with a warning and is None too."""
+        path = self.path(identity)
+        try:
+            found = path.stat()
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            return None
+        except SafetensorError as error:
+            return _discard(path, found, f"is truncated or damaged ({error})")
+        if not _matches(metadata, identity):
+            return _discard(path, found, "belongs to another identity")
+        if metadata.get("sha256") != _checksum(tensors):
+            return _discard(path, found, "is damaged (checksum)")
+        condition = {
+            name.removeprefix(_CONDITION): tensor
+            for name, tensor in tensors.items() if name.startswith(_CONDITION)
+        }
+        return EncodedTriple(metadata["name"], tensors.get("target"), condition)
+
+    def put(self, identity: dict[str, Any], triple: EncodedTriple) -> None:
+        """Write an entry; it appears whole or not at all.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written.
+        """
+        tensors = {_CONDITION + name: tensor for name, tensor in triple.condition.items()}
+        if triple.target is not None:
+            tensors["target"] = triple.target
+        # Copies, because safetensors refuses tensors that share memory.
+        tensors = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        }
+        metadata = {"identity": _text(identity), "name": triple.name, "sha256": _checksum(tensors)}
+        data = save(tensors, metadata)
+        write_atomic(self.path(identity), lambda partial: partial.write_bytes(data) and None)
+
+
+def _full(identity: dict[str, Any]) -> dict[str, Any]:
+    return {"cache_format": CACHE_FORMAT, "identity": identity}
+
+
+def _text(identity: dict[str, Any]) -> str:
+    return json.dumps(_full(identity), sort_keys=True, default=str)
+
+
+def _matches(metadata: dict[str, str] | None, identity: dict[str, Any]) -> bool:
+    return (metadata or {}).get("identity") == _text(identity)
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, types and bytes: safetensors itself notices a cut, not a flipped bit."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _discard(path: Path, found: os.stat_result, problem: str) -> None:
+    """Remove a useless entry, unless another process has just replaced it by a new one."""
+    _log.warning("%s: %s; removed, it will be encoded again.", path, problem)
+    try:
+        if path.stat().st_ino == found.st_ino:
+            path.unlink()
+    except FileNotFoundError:
+        _log.info("%s: already removed by another process.", path)

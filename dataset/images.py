@@ -1,0 +1,91 @@
+"""Still pictures: one image file in or out, 8 or 16 bit, in the order that people number them."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from common.errors import UserError
+from common.files import write_atomic
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Read a picture as uint8 (H, W, 3) in RGB; 16-bit values are rounded to 8 bits.
+
+    A JPEG is turned upright by its EXIF tag, as viewers do; other formats are taken as stored.
+
+    Raises:
+        UserError: the file is missing, empty, truncated, no picture of a known format, or transparent.
+    """
+    image = _decode(path)
+    if image.dtype == np.uint16:
+        image = ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if image.dtype != np.uint8:
+        raise UserError(f"{path}: has {image.dtype} pixels, expected 8 or 16 bits a channel. Convert it.")
+    if image.ndim == 2:
+        return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
+    if image.shape[2] == 4 and image[..., 3].min() < 255:
+        raise UserError(f"{path}: has transparent pixels, expected an opaque picture. Flatten it.")
+    return np.ascontiguousarray(image[..., 2::-1])
+
+
+def _decode(path: Path) -> np.ndarray:
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{path}: is not a picture ({', '.join(sorted(SUFFIXES))}).")
+    try:
+        data = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise UserError(f"{path}: could not be read ({error.strerror}), expected a picture.") from error
+    # IMREAD_UNCHANGED ignores EXIF and keeps alpha; a JPEG has EXIF and no alpha.
+    jpeg = path.suffix.lower() in {".jpg", ".jpeg"}
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR if jpeg else cv2.IMREAD_UNCHANGED) if data.size else None
+    if image is None or (image.ndim == 3 and image.shape[2] not in (3, 4)):
+        found = "unreadable or truncated" if data.size else "empty"
+        raise UserError(f"{path}: is {found}, expected a whole picture. Export it again.")
+    return image
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Write uint8 (H, W, 3) RGB or (H, W) grey as PNG, atomically and without loss."""
+    pixels = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image
+    ok, data = cv2.imencode(".png", pixels)
+    assert ok, "PNG encodes every uint8 picture"
+    write_atomic(path, data.tofile)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The pictures of a folder in natural order: `2.png` before `10.png`; hidden files are left out.
+
+    Raises:
+        UserError: the folder holds no picture, or two pictures of the same stem.
+    """
+    files = [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != "."]
+    if not files:
+        raise UserError(f"{folder}: holds no pictures ({', '.join(sorted(SUFFIXES))}).")
+    stems: dict[str, Path] = {}
+    for file in sorted(files, key=natural_key):
+        if file.stem in stems:
+            raise UserError(f"{folder}: {stems[file.stem].name} and {file.name} claim one frame. Keep one.")
+        stems[file.stem] = file
+    return list(stems.values())
+
+
+def natural_key(path: Path) -> list[tuple[int, int, str]]:
+    """Sort key of a file name by which numbers compare as numbers."""
+    parts = re.findall(r"\d+|\D+", path.name)
+    return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts]
+
+
+def numbering_gap(files: list[Path]) -> tuple[int, int] | None:
+    """The first two neighbours whose last numbers are not consecutive, or None."""
+    found = [re.findall(r"\d+", file.stem) for file in files]
+    if not all(found):
+        return None
+    numbers = [int(digits[-1]) for digits in found]
+    return next(((a, b) for a, b in pairwise(numbers) if b != a + 1), None)

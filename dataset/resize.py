@@ -1,0 +1,145 @@
+"""From the source's size to the working size: one crop and scale for frames, masks and edited frames.
+
+Axes: F frames, H W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+Size = tuple[int, int]
+"""(width, height) in pixels."""
+
+MAX_STRETCH = 0.02
+"""A change of aspect up to this is stretched, a larger one is cropped."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The sizes and frame counts that a model can take; the caller knows the model."""
+
+    frame_step: int = 4
+    """Frame counts are a multiple of this plus 1."""
+    size_step: int = 16
+    """Width and height are multiples of this."""
+    max_area: int = 832 * 480
+    """Pixels of a frame up to which the default size goes."""
+
+    def frames_below(self, count: int) -> int:
+        """The largest count n * frame_step + 1 up to `count`."""
+        return (count - 1) // self.frame_step * self.frame_step + 1
+
+    def takes_frames(self, count: int) -> bool:
+        """Whether a clip may have `count` frames; one frame alone is no video."""
+        return count > self.frame_step and count == self.frames_below(count)
+
+    def nearest_frames(self, count: int) -> list[int]:
+        """The frame counts below and above one that is not on the grid."""
+        below = self.frames_below(count)
+        return [n for n in (below, below + self.frame_step) if n > self.frame_step]
+
+    def takes_size(self, size: Size) -> bool:
+        return all(side % self.size_step == 0 for side in size)
+
+    def default_size(self, source: Size) -> Size:
+        """The source's own size if the model can take it, else the nearest below it with its aspect."""
+        width, height = source
+        if self.takes_size(source) and width * height <= self.max_area:
+            return source
+        scale = min(1.0, (self.max_area / (width * height)) ** 0.5)
+        step = self.size_step
+        candidates = [
+            (w, h)
+            for w in range(step, max(width, step) + 1, step)
+            for h in range(step, max(height, step) + 1, step)
+            if w * h <= self.max_area
+        ]
+        return min(candidates, key=lambda size: _distance(size, source, scale))
+
+    def nearest_sizes(self, size: Size) -> list[Size]:
+        """The sizes on the grid around one that is not: rounded down and up."""
+        step = self.size_step
+        down = tuple(max(step, side // step * step) for side in size)
+        up = tuple(-(-side // step) * step for side in size)
+        return [(down[0], down[1])] if down == up else [(down[0], down[1]), (up[0], up[1])]
+
+
+def _distance(size: Size, source: Size, scale: float) -> float:
+    """Keeping the aspect counts more than keeping the area."""
+    aspect = abs(np.log(size[0] * source[1] / (size[1] * source[0])))
+    area = abs(np.log(size[0] * size[1] / (source[0] * source[1] * scale**2)))
+    return 3 * float(aspect) + float(area) / 2
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A centred crop of the source and the size that it is scaled to."""
+
+    source: Size
+    offset: tuple[int, int]
+    """(left, top) of the crop in the source."""
+    crop: Size
+    size: Size
+
+    @property
+    def cropped(self) -> bool:
+        return self.crop != self.source
+
+    @property
+    def factors(self) -> tuple[float, float]:
+        """Scale along width and height."""
+        return self.size[0] / self.crop[0], self.size[1] / self.crop[1]
+
+    def image(self, image: np.ndarray) -> np.ndarray:
+        """uint8 (H, W, 3) at source size -> working size: area average down, cubic up."""
+        return np.ascontiguousarray(_scale(self._cut(image), self.size))
+
+    def frames(self, frames: np.ndarray) -> np.ndarray:
+        """uint8 (F, H, W, 3) at source size -> working size."""
+        return frames if self.size == self.source else np.stack([self.image(frame) for frame in frames])
+
+    def mask(self, mask: np.ndarray) -> np.ndarray:
+        """uint8 (F, H, W) at source size -> working size: the brightest source pixel under each pixel."""
+        cut = self._cut(mask.transpose(1, 2, 0)).transpose(2, 0, 1)
+        if self.crop == self.size:
+            return np.ascontiguousarray(cut)
+        rows = _footprint_max(cut, 1, self.size[1])
+        return np.ascontiguousarray(_footprint_max(rows, 2, self.size[0]))
+
+    def _cut(self, image: np.ndarray) -> np.ndarray:
+        (left, top), (width, height) = self.offset, self.crop
+        return image[top : top + height, left : left + width]
+
+
+def fit(source: Size, size: Size) -> Fit:
+    """Scale `source` to `size`, after a centred crop where the aspect changes by more than 2 %."""
+    width, height = source
+    stretch = size[0] * height / (size[1] * width)
+    if abs(stretch - 1) > MAX_STRETCH:
+        width = max(1, round(width * min(1.0, stretch)))
+        height = max(1, round(height * min(1.0, 1 / stretch)))
+    offset = ((source[0] - width) // 2, (source[1] - height) // 2)
+    return Fit(source, offset, (width, height), size)
+
+
+def _scale(image: np.ndarray, size: Size) -> np.ndarray:
+    height, width = image.shape[:2]
+    smaller = (min(width, size[0]), min(height, size[1]))
+    if smaller != (width, height):
+        image = cv2.resize(image, smaller, interpolation=cv2.INTER_AREA)
+    return image if smaller == size else cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)
+
+
+def _footprint_max(mask: np.ndarray, axis: int, length: int) -> np.ndarray:
+    """Maximum along `axis` over all source pixels that touch each of `length` target pixels."""
+    source = mask.shape[axis]
+    cells = np.arange(length)
+    begin = cells * source // length
+    end = -(-(cells + 1) * source // length)
+    # reduceat reduces [begin, end) for each pair; an end at the border needs one more (black) pixel.
+    padded = np.concatenate([mask, np.zeros_like(np.take(mask, [0], axis))], axis)
+    pairs = np.stack([begin, end], 1).reshape(-1)
+    return np.take(np.maximum.reduceat(padded, pairs, axis), np.arange(0, 2 * length, 2), axis)

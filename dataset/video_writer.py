@@ -1,0 +1,193 @@
+"""Videos out: H.264 for people (with the source's audio), ffv1 or PNG without loss; all atomic.
+
+Axes: F frames, H W pixels, 3 = RGB.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.audio.stream import AudioStream
+from av.container import OutputContainer
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from av.video.stream import VideoStream
+
+from common.errors import UserError
+from common.files import atomic_path
+from dataset.images import write_png
+from dataset.video import nice_rate
+
+_TICKS = Fraction(1, 90_000)  # clock of a variable-rate result
+_MP4_AUDIO = frozenset({"aac", "mp3", "opus", "flac", "ac3", "eac3", "alac"})
+
+
+def write_mp4(
+    path: Path,
+    frames: np.ndarray,
+    fps: Fraction | float,
+    *,
+    times: Sequence[float] | np.ndarray | None = None,
+    audio_from: Path | None = None,
+    audio_start: float = 0.0,
+    audio_seconds: float | None = None,
+    crf: int = 16,
+) -> list[str]:
+    """Write H.264 yuv420p, converted to and tagged as BT.709, that every player and browser shows.
+
+    Args:
+        frames: uint8 (F, H, W, 3). Odd sizes are padded by one repeated row or column.
+        fps: frames per second; a decimal like 29.97 is taken as the fraction it stands for.
+        times: seconds of each frame, for a variable rate; the first frame is shown at 0 all the same.
+        audio_from: file whose first audio stream is copied, packet by packet, without encoding it again.
+        audio_start: seconds in that file (as a player counts) that belong to the first frame.
+        audio_seconds: length of the audio to copy; default: as long as the frames last.
+        crf: x264's quality, lower is better.
+
+    Returns:
+        One sentence for each thing that a person should know: padding, audio copied or left out.
+
+    Raises:
+        UserError: the disk is full, the folder cannot be written, or the audio file cannot be read.
+    """
+    rate = nice_rate(float(fps)) if isinstance(fps, float) else Fraction(fps)
+    height, width = frames.shape[1:3]
+    notes = []
+    if height % 2 or width % 2:
+        frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        even = f"{frames.shape[2]}x{frames.shape[1]}"
+        notes.append(f"{path.name}: padded from {width}x{height} to even {even}.")
+    seconds = audio_seconds if audio_seconds is not None else _duration(len(frames), rate, times)
+    with ExitStack() as stack:
+        audio = _open_audio(stack, audio_from, notes) if audio_from else None
+        partial = stack.enter_context(atomic_path(path))
+        output = stack.enter_context(
+            av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"})
+        )
+        video = _add_h264(output, frames.shape[2], frames.shape[1], rate, times, crf)
+        sound = output.add_stream_from_template(audio) if audio else None
+        _encode(output, video, frames, _ticks(len(frames), rate, times))
+        if audio and sound:
+            copied = _copy_audio(output, audio, sound, audio_start, seconds)
+            notes.append(f"{path.name}: audio copied from {audio_from} ({copied} packets).")
+    return notes
+
+
+def write_lossless(path: Path, frames: np.ndarray, fps: Fraction | float) -> None:
+    """Write uint8 (F, H, W, 3) as ffv1/bgr0 in Matroska: reading it gives back the same bytes."""
+    rate = nice_rate(float(fps)) if isinstance(fps, float) else Fraction(fps)
+    with atomic_path(path) as partial, av.open(str(partial), "w", format="matroska") as output:
+        stream = output.add_stream("ffv1", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "bgr0"
+        for index, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            picture = picture.reformat(format="bgr0")
+            picture.pts, picture.time_base = index, 1 / rate
+            output.mux(stream.encode(picture))
+        output.mux(stream.encode())
+
+
+def write_images(folder: Path, frames: np.ndarray) -> None:
+    """Write uint8 (F, H, W, 3) or grey (F, H, W) as 00000.png, 00001.png ...; the folder appears whole.
+
+    Frames written there before are replaced.
+
+    Raises:
+        UserError: the folder holds anything else than such frames, or cannot be written.
+    """
+    others = [file.name for file in folder.iterdir() if not re.fullmatch(r"\d{5}\.png", file.name)] \
+        if folder.exists() else []
+    if others:
+        raise UserError(f"{folder}: holds {others[0]}, expected an empty or new folder. Choose another one.")
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    former = folder.with_name(f".{folder.name}.{os.getpid()}.former")
+    try:
+        for index, frame in enumerate(frames):
+            write_png(partial / f"{index:05d}.png", frame)
+        if folder.exists():
+            folder.rename(former)
+        partial.rename(folder)
+    except OSError as error:
+        if former.exists() and not folder.exists():
+            former.rename(folder)
+        raise UserError(f"{folder}: could not be written ({error.strerror}).") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(former, ignore_errors=True)
+
+
+def _duration(count: int, rate: Fraction, times: Sequence[float] | np.ndarray | None) -> float:
+    if times is None or count < 2:
+        return float(count / rate)
+    return float(times[-1] - times[0]) * count / (count - 1)
+
+
+def _ticks(count: int, rate: Fraction, times: Sequence[float] | np.ndarray | None) -> list[int]:
+    """Presentation time of each frame in units of the stream's clock."""
+    if times is None:
+        return list(range(count))
+    return [round((float(time) - float(times[0])) / _TICKS) for time in times]
+
+
+def _add_h264(
+    output: OutputContainer, width: int, height: int, rate: Fraction,
+    times: Sequence[float] | np.ndarray | None, crf: int,
+) -> VideoStream:
+    stream = output.add_stream("libx264", rate=rate)
+    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+    stream.options = {"crf": str(crf), "preset": "medium"}
+    codec = stream.codec_context
+    codec.time_base = 1 / rate if times is None else _TICKS
+    codec.colorspace, codec.color_primaries, codec.color_trc = 1, ColorPrimaries.BT709, ColorTrc.BT709
+    codec.color_range = ColorRange.MPEG
+    return stream
+
+
+def _encode(output: OutputContainer, stream: VideoStream, frames: np.ndarray, ticks: list[int]) -> None:
+    for frame, tick in zip(frames, ticks, strict=True):
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(
+            format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG,
+        )
+        picture.pts, picture.time_base = tick, stream.codec_context.time_base
+        output.mux(stream.encode(picture))
+    output.mux(stream.encode())
+
+
+def _open_audio(stack: ExitStack, path: Path, notes: list[str]) -> AudioStream | None:
+    """The first audio stream of a file, or None with a note that says why."""
+    try:
+        container = stack.enter_context(av.open(str(path)))
+    except av.FFmpegError as error:
+        raise UserError(f"{path}: its audio could not be read ({error.strerror}).") from error
+    stream = container.streams.best("audio")
+    if stream is None:
+        return None
+    if stream.codec_context.name not in _MP4_AUDIO:
+        notes.append(f"{path}: audio left out: {stream.codec_context.name} does not go into mp4 as it is.")
+        return None
+    return stream
+
+
+def _copy_audio(
+    output: OutputContainer, source: AudioStream, target: AudioStream, start: float, seconds: float
+) -> int:
+    """Copy the packets that begin within the span, moved so that `start` becomes 0; return their number."""
+    origin = (source.container.start_time or 0) / av.time_base
+    shift = round((origin + start) / source.time_base)
+    copied = 0
+    for packet in source.container.demux(source):
+        if packet.pts is None:
+            continue
+        if 0 <= packet.pts - shift < seconds / source.time_base:
+            packet.pts, packet.dts = packet.pts - shift, packet.pts - shift
+            packet.stream = target
+            output.mux(packet)
+            copied += 1
+    return copied

@@ -1,0 +1,27 @@
+"""Edit the video with the trained LoRA: `python inference.py --config edit.toml [key=value ...]`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from loraedit_ext import cli
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, build, run."""
+    parser = cli.parser("Propagate the edited first frame through the video with a trained LoRA.")
+    parser.add_argument("--lora", type=Path, metavar="FILE", help="LoRA to use; default: the newest in output_dir")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: beside the LoRA")
+    options = parser.parse_args(arguments)
+
+    def run() -> None:
+        from loraedit_ext import launch
+
+        launch.edit(cli.read_config(options), options.lora, options.out)
+
+    return cli.guarded(run, options.traceback)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,399 @@
+"""The run's TOML: every knob of training and editing, closed and typed.
+
+Key names follow diffusion-pipe where the meaning is the same. Values may be overridden as `key=value`.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from common.errors import UserError
+from common.settings import Settings, load_settings, read_toml
+from loraedit_ext.flow import SamplerName, TimestepMethod
+from loraedit_ext.masks import MaskRule
+from loraedit_ext.regimes import EditCondition, Regime
+
+DType = Literal["float32", "bfloat16"]
+StorageDType = Literal["float32", "bfloat16", "float8"]
+Family = Literal["wan", "hunyuan-video"]
+
+FAMILY_DEFAULTS: dict[Family, dict[str, dict[str, Any]]] = {
+    "wan": {},
+    "hunyuan-video": {
+        "model": {"shift": 7.0, "guidance": 1.0},
+        "edit": {"guidance": 1.0, "embedded_guidance": 6.0, "shift": 7.0, "sampler": "euler"},
+    },
+}
+"""Values of a family that differ from the fields' own defaults, which are Wan's."""
+
+
+class ModelSettings(Settings):
+    """[model]: the checkpoint and how noise levels are drawn for it."""
+
+    type: Family
+    """Model family."""
+    ckpt_path: Path | None = None
+    """Folder of the checkpoint: the official layout or a diffusers folder. Not needed if every part has its own path."""
+    transformer_path: Path | None = None
+    """Transformer weights to use instead of the folder's."""
+    vae_path: Path | None = None
+    """VAE weights to use instead of the folder's."""
+    llm_path: Path | None = None
+    """Text encoder weights to use instead of the folder's."""
+    clip_path: Path | None = None
+    """Image encoder weights to use instead of the folder's."""
+    dtype: DType = "bfloat16"
+    """Compute dtype; bfloat16 means autocast around fp32 residuals."""
+    transformer_dtype: StorageDType | None = None
+    """Storage dtype of the frozen transformer; default: `dtype`. float8: the blocks' linears in e4m3 with a scale per row
+    (8-bit files stay as they are), the rest as `dtype`."""
+    timestep_sample_method: TimestepMethod = "logit_normal"
+    sigmoid_scale: float = Field(1.0, gt=0)
+    """Width of the logit-normal distribution."""
+    shift: float | None = Field(None, gt=0)
+    """Flow shift of the training timesteps; default: none for Wan, 7 for HunyuanVideo, as released."""
+    guidance: float | None = Field(None, ge=0)
+    """HunyuanVideo: guidance that is embedded in training; default 1, as in diffusion-pipe. Wan has no such input."""
+    min_t: float = Field(0.0, ge=0, lt=1)
+    max_t: float = Field(1.0, gt=0, le=1)
+    stratified: bool = False
+    """Visit every band of noise levels equally often, which evens out a run of 100 steps."""
+
+    @property
+    def source(self) -> Path:
+        """Where the transformer comes from."""
+        return self.transformer_path or self.ckpt_path or Path()
+
+    @property
+    def storage(self) -> tuple[torch.dtype, torch.dtype | None]:
+        """dtypes of the frozen transformer: of all, and of the blocks' linears where it differs."""
+        if self.transformer_dtype == "float8":
+            return getattr(torch, self.dtype), torch.float8_e4m3fn
+        return getattr(torch, self.transformer_dtype or self.dtype), None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ModelSettings:
+        if self.min_t >= self.max_t:
+            raise ValueError(f"min_t = {self.min_t} must be below max_t = {self.max_t}")
+        return self
+
+
+class AdapterSettings(Settings):
+    """[adapter]: the LoRA."""
+
+    type: Literal["lora"] = "lora"
+    rank: int = Field(16, ge=1)
+    alpha: float | None = Field(None, gt=0)
+    """Scale is alpha / rank; default: alpha = rank, as diffusion-pipe has it. Exports carry the scale either way."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    exclude_modules: list[str] = []
+    """Linears to leave out, by the end of their original name, e.g. `cross_attn.q`."""
+    init_from_existing: Path | None = None
+    """A LoRA file, or a folder that holds one, to start from (weights only)."""
+
+
+class OptimizerSettings(Settings):
+    """[optimizer]: `type`, `lr`, and any argument of that optimizer."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, validate_default=True)
+
+    type: str = "adamw"
+    """A name from torch.optim, bitsandbytes.optim or pytorch_optimizer, e.g. adamw, adamw8bit, Prodigy."""
+    lr: float = Field(1e-4, gt=0)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class StageSettings(Settings):
+    """[[stage]]: a part of the run with its own mix of regimes."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    mix: dict[Regime, float]
+    """Share of the steps that each regime gets, e.g. {motion = 1, appearance = 9}."""
+
+    @field_validator("mix")
+    @classmethod
+    def _positive(cls, mix: dict[Regime, float]) -> dict[Regime, float]:
+        if not mix or any(weight <= 0 for weight in mix.values()):
+            raise ValueError("every regime of a mix needs a weight above 0, and a mix at least one regime")
+        return mix
+
+
+class MonitoringSettings(Settings):
+    """[monitoring]: wandb; metrics.jsonl and tensorboard are always written."""
+
+    enable_wandb: bool = False
+    wandb_tracker_name: str = "lora-edit"
+    """wandb project."""
+    wandb_run_name: str | None = None
+    wandb_entity: str | None = None
+    wandb_group: str | None = None
+    wandb_tags: list[str] = []
+    wandb_log_model: bool = False
+    """Upload the final LoRA as an artifact."""
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None
+    """Default: the environment's WANDB_MODE, else online."""
+    wandb_api_key: None = None
+    """Refused: a key in a file ends up in run folders. Run `wandb login` or set WANDB_API_KEY."""
+
+    @field_validator("wandb_api_key", mode="before")
+    @classmethod
+    def _no_key(cls, value: Any) -> None:
+        if value is not None:
+            raise ValueError("keys do not belong in a file that is copied to run folders; "
+                             "run `wandb login` or set WANDB_API_KEY, and remove this line")
+
+
+class StackedLora(Settings):
+    """[[edit.lora]]: a LoRA on top of the trained one, e.g. a step-distilled one for sampling in 4 to 8 steps."""
+
+    path: Path
+    """A file of ComfyUI, diffusers, kohya or peft, or a folder that holds one."""
+    strength: float = 1.0
+
+
+class EditSettings(Settings):
+    """[edit]: how inference.py samples and what it writes."""
+
+    steps: int = Field(30, ge=1)
+    guidance: float = Field(5.0, ge=1)
+    """Classifier-free guidance; 1 switches it off and halves the cost. HunyuanVideo: 1, its guidance is embedded."""
+    embedded_guidance: float | None = Field(None, ge=0)
+    """HunyuanVideo: guidance that is embedded; default 6, as released. Wan has no such input."""
+    shift: float = Field(5.0, gt=0)
+    """Flow shift; upstream advises 3 at 480P, the released LoRA-Edit uses 5. HunyuanVideo: 7, as released."""
+    sampler: SamplerName = "unipc"
+    """HunyuanVideo: euler, as released."""
+    seed: int = 42
+    negative_prompt: str = ""
+    lora_strength: float = 1.0
+    """Of the trained LoRA."""
+    lora: list[StackedLora] = []
+    """Further LoRAs on top of it; with a step-distilled one use few steps and guidance = 1."""
+    condition: EditCondition = "motion"
+    """What the model is told: the background (`motion`); for the paper's ablations only the `first_frame`, `all` or `none`."""
+    composite: bool = True
+    """Put the source's own pixels back wherever the mask preserves them."""
+    feather: int = Field(8, ge=0)
+    """Width in pixels of the blend inside the edited region, next to preserved pixels."""
+    output: Literal["mp4", "png"] = "mp4"
+
+
+class PreviewSettings(Settings):
+    """[preview]: what `sample_every_n_steps` renders; the rest is as in [edit]. The plan states the cost."""
+
+    steps: int = Field(10, ge=1)
+    """Sampling steps."""
+    guidance: float | None = Field(None, ge=1)
+    """Classifier-free guidance, default: that of [edit]; 1 halves the cost."""
+    max_frames: int = Field(17, ge=5)
+    """The first frames, up to so many."""
+    max_area: int = Field(416 * 240, ge=256)
+    """Pixels of a frame up to which the video is rendered at its own size, beyond which it is scaled down."""
+
+
+class EvaluationSettings(Settings):
+    """[evaluation]: what evaluate.py needs for the metrics that have weights."""
+
+    clip_path: Path | None = None
+    """CLIP in Hugging Face layout; default: `checkpoints/clip-vit-large-patch14` in the current folder."""
+    deqa_command: list[str] = []
+    """Program and arguments that score a folder of frames, see docs/evaluation.md; default: no DeQA score."""
+    deqa_timeout: float = Field(3600, gt=0)
+    """Seconds that it may take."""
+
+
+class RunConfig(Settings):
+    """One edit: model, job, LoRA, optimizer, stages, monitoring, inference."""
+
+    output_dir: Path
+    """Each run makes a folder of its own in here."""
+    dataset: Path
+    """TOML of the edit job."""
+    cache_dir: Path | None = None
+    """Where encoded triples are kept; default: `cache` beside the job's TOML."""
+    model: ModelSettings
+    adapter: AdapterSettings = AdapterSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    stage: list[StageSettings] = []
+    """Default: 100 steps of motion, then, if later frames were edited, 100 of motion and appearance 1 : 9."""
+    monitoring: MonitoringSettings = MonitoringSettings()
+    edit: EditSettings = EditSettings()
+    preview: PreviewSettings = PreviewSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    seed: int = 42
+    mask_rule: MaskRule = "all"
+    """When a latent cell counts as preserved: `all` its pixels are, or the `nearest` one is (released code)."""
+    micro_batch_size_per_gpu: int = Field(1, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    gradient_clipping: float = Field(1.0, ge=0)
+    """Largest gradient norm over all weights; 0 switches clipping off."""
+    warmup_steps: int = Field(0, ge=0)
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    pipeline_stages: int = Field(1, ge=1)
+    """GPUs per copy of the model; the rest of the GPUs are replicas."""
+    partition_method: Literal["uniform", "parameters", "manual"] = "parameters"
+    """How layers are split over pipeline stages; `manual` reads `partition_split`."""
+    partition_split: list[int] = []
+    activation_checkpointing: bool = True
+    """Recompute each block in backward instead of keeping its activations."""
+    save_every_n_steps: int | None = Field(None, ge=1)
+    """Export the LoRA; it is always exported at the end of each stage."""
+    save_dtype: DType = "float32"
+    checkpoint_every_n_steps: int | None = Field(None, ge=1)
+    """Write the full training state; it is always written at the end of each stage."""
+    checkpoint_every_n_minutes: float | None = Field(None, gt=0)
+    eval_every_n_steps: int | None = Field(None, ge=1)
+    """Loss at nine fixed quantiles of the timesteps, with fixed noise."""
+    eval_before_first_step: bool = True
+    early_stop_patience: int | None = Field(None, ge=1)
+    """End the last stage after so many evaluations without a better mean loss of its regimes; default: never."""
+    sample_every_n_steps: int | None = Field(None, ge=1)
+    """Render the edit with the LoRA as it is, as [preview] says."""
+    logging_steps: int = Field(1, ge=1)
+    resume_from_checkpoint: bool | str = False
+    """True: the newest run in `output_dir`; a name: that run folder."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _family_defaults(cls, values: Any) -> Any:
+        """Fill in what the model family has other defaults for, so that the resolved configuration tells all."""
+        if not isinstance(values, dict) or not isinstance(model := values.get("model"), dict):
+            return values
+        filled = dict(values)
+        for table, defaults in FAMILY_DEFAULTS.get(model.get("type"), {}).items():
+            given = filled.get(table, {})
+            if isinstance(given, dict):
+                filled[table] = defaults | given
+        return filled
+
+    @model_validator(mode="after")
+    def _fits_family(self) -> RunConfig:
+        if self.model.type == "wan":
+            for key, value in (("model.guidance", self.model.guidance),
+                               ("edit.embedded_guidance", self.edit.embedded_guidance)):
+                if value is not None:
+                    raise ValueError(f"{key} = {value:g}: Wan embeds no guidance; remove it, or see edit.guidance")
+        return self
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        names = [stage.name for stage in self.stage]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stage names must differ, found {names}")
+        if self.early_stop_patience and not self.eval_every_n_steps:
+            raise ValueError("early_stop_patience counts evaluations; set eval_every_n_steps too")
+        if (self.partition_method == "manual") != bool(self.partition_split):
+            raise ValueError("partition_split goes with partition_method = 'manual', and is needed there")
+        if self.partition_split and len(self.partition_split) != self.pipeline_stages - 1:
+            raise ValueError(
+                f"partition_split has {len(self.partition_split)} cuts; "
+                f"{self.pipeline_stages} pipeline stages need {self.pipeline_stages - 1}"
+            )
+        return self
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read the run's TOML, apply `key=value` overrides, resolve paths relative to the TOML.
+
+    Raises:
+        UserError: all that is wrong with it, together.
+    """
+    values = read_toml(path)
+    for override in overrides:
+        apply_override(values, override)
+    return _resolve_paths(load_settings(RunConfig, path, values), path.parent.resolve())
+
+
+def load_evaluation(overrides: Iterable[str]) -> EvaluationSettings:
+    """The [evaluation] table from overrides alone, for files that no config made; paths are relative to here.
+
+    Raises:
+        UserError: an override is of another table, unknown, or of the wrong type.
+    """
+    values: dict[str, Any] = {}
+    for override in overrides:
+        if not override.startswith("evaluation."):
+            raise UserError(f"override `{override}`: without --config only keys of [evaluation] have a meaning.")
+        apply_override(values, override)
+    return load_settings(EvaluationSettings, Path("command line"), values.get("evaluation", {}))
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set what `key=value` names in nested tables; None removes it.
+
+    Raises:
+        UserError: it is no `key=value`, or leads nowhere.
+    """
+    key, found, text = override.partition("=")
+    if not found or not key:
+        raise UserError(f"override `{override}`: expected key=value, e.g. optimizer.lr=2e-4")
+    *parents, last = key.strip().split(".")
+    table: Any = values
+    for part in parents:
+        table = _descend(table, part, override)
+    value = parse_value(text.strip())
+    if isinstance(table, list):
+        table[_index(table, last, override)] = value
+    elif value is None:
+        table.pop(last, None)
+    else:
+        table[last] = value
+
+
+def _descend(table: Any, part: str, override: str) -> Any:
+    if isinstance(table, list):
+        return table[_index(table, part, override)]
+    nested = table.setdefault(part, {})
+    if not isinstance(nested, dict | list):
+        raise UserError(f"override `{override}`: `{part}` is a value, not a table")
+    return nested
+
+
+def _index(table: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(table):
+        raise UserError(f"override `{override}`: `{part}` is not a position in a list of {len(table)}")
+    return int(part)
+
+
+def parse_value(text: str) -> Any:
+    """A TOML value, or Python's spelling of one, as wandb sweeps write it (True, None, 1e-06), else a string."""
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        pass
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _resolve_paths(config: RunConfig, base: Path) -> RunConfig:
+    """Paths in the TOML are relative to it."""
+    changes: dict[str, Any] = {}
+    for table_name, table in ((None, config), ("model", config.model), ("adapter", config.adapter),
+                              ("evaluation", config.evaluation)):
+        paths = {
+            name: Path(os.path.normpath(base / value.expanduser())) for name in type(table).model_fields
+            if isinstance(value := getattr(table, name), Path)
+        }
+        if table_name is None:
+            changes |= paths
+        else:
+            changes[table_name] = table.model_copy(update=paths)
+    stacked = [extra.model_copy(update={"path": base / extra.path.expanduser()}) for extra in config.edit.lora]
+    changes["edit"] = config.edit.model_copy(update={"lora": stacked})
+    return config.model_copy(update=changes)

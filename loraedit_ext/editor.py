@@ -1,0 +1,130 @@
+"""Inference: the trained LoRA regenerates the masked region of the whole video from the edited first frame."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.files import hash_file
+from dataset.job import EditJob
+from loraedit_ext import lora, masks, regimes
+from loraedit_ext.config import RunConfig
+from loraedit_ext.pipeline import autocast
+from loraedit_ext.sampling import Forward, composite, sample_latents
+from models.base import I2VModel
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What came out, and how."""
+
+    frames: np.ndarray
+    """uint8 (F, H, W, 3), composited if asked for."""
+    generated: np.ndarray
+    """uint8 (F, H, W, 3), as the model made them."""
+    facts: dict[str, Any]
+
+
+class Editor:
+    """A model with a LoRA, ready to edit jobs.
+
+    Args:
+        config: model, adapter and [edit] settings.
+        model: the masked model.
+        adapter: the LoRA, or None for the bare model.
+        device: where the transformer runs.
+        stacked: LoRAs on top of it, each with its strength.
+    """
+
+    def __init__(
+        self, config: RunConfig, model: I2VModel, adapter: lora.LoraFile | None, device: torch.device,
+        stacked: Sequence[tuple[lora.LoraFile, float]] = (),
+    ) -> None:
+        self.config, self.model, self.adapter, self.device = config, model, adapter, device
+        self.stack = [*([(adapter, config.edit.lora_strength)] if adapter else []), *stacked]
+
+    def edit(self, job: EditJob) -> Edit:
+        """Encode, sample, decode, composite."""
+        started = time.perf_counter()
+        settings = self.config.edit
+        triple = regimes.edit(job, settings.condition)
+        condition = self.model.encode_condition(triple.condition, triple.mask, triple.reference, triple.prompt)
+        passes = [condition]
+        if settings.guidance != 1:
+            passes.append(condition | self.model.encode_negative(settings.negative_prompt, triple.reference))
+        self.model.free_encoders()
+        shape = self.model.geometry.latent_shape(*triple.condition.shape[1:])
+        forward = self._forward(self._load_transformer())
+        latents = sample_latents(self.model, forward, passes, shape, settings, self.device, "editing")
+        del forward
+        generated = regimes.to_pixels(self.model.decode_video(latents))
+        self.model.free_encoders()
+        frames = generated
+        if settings.composite:
+            preserve = masks.with_first_frame(regimes.preserve_mask(job)).numpy()
+            frames = composite(regimes.with_first_edit(job), generated, preserve, settings.feather)
+        facts = {
+            "seconds": round(time.perf_counter() - started, 2), "tokens": _tokens(shape),
+            "loras": [{"path": str(each.path), "sha256": hash_file(each.path), "strength": strength}
+                      for each, strength in self.stack],
+        }  # fmt: skip
+        return Edit(frames, generated, facts)
+
+    def _forward(self, transformer: nn.Module) -> Forward:
+        """The whole transformer on this device."""
+        layers = transformer.layers()
+        dtype = getattr(torch, self.config.model.dtype)
+
+        def forward(inputs: tuple[Tensor, ...], _number: int) -> Tensor:
+            stream: Any = inputs
+            with autocast(self.device, dtype):
+                for layer in layers:
+                    stream = layer(stream)
+            return stream
+
+        return forward
+
+    def _load_transformer(self) -> nn.Module:
+        config = self.config
+        transformer = self.model.build_transformer()
+        layers = transformer.layers()
+        dtype, linears = config.model.storage
+        self.model.load_weights(layers, dtype, self.device, linears)
+        if self.stack:
+            lora.attach(transformer, layers, lora.combine(self.stack), self.device)
+        return transformer.eval()
+
+
+def _tokens(shape: tuple[int, ...]) -> int:
+    return shape[1] * shape[2] * shape[3] // 4
+
+
+def check_lora(adapter: lora.LoraFile, model: I2VModel, job: EditJob, rule: masks.MaskRule) -> list[str]:
+    """Refuse a LoRA of another model; tell what does not fit the job.
+
+    Returns:
+        One line for each thing that differs from the training and may be meant.
+    """
+    lora.check_model(adapter, model)
+    facts = adapter.metadata
+    if not facts:
+        return [f"{adapter.path}: no LoRA-Edit metadata; taken as it is."]
+    notes = []
+    trained, now = facts.get("job", {}), job.fields()
+    if facts.get("trigger") != job.trigger:
+        notes.append(f"trigger: LoRA `{facts.get('trigger')}`, job `{job.trigger}`")
+    if facts.get("mask_rule") != rule:
+        notes.append(f"mask_rule: LoRA `{facts.get('mask_rule')}`, run `{rule}`")
+    for key in ("size", "frames", "start"):
+        if trained.get(key) != now[key]:
+            notes.append(f"{key}: LoRA {trained.get(key)}, job {now[key]}")
+    for key in ("source", "mask"):
+        if trained.get("hashes", {}).get(key) != now["hashes"][key]:
+            notes.append(f"{key}: not the file that the LoRA was trained on ({now[key]})")
+    return [f"{adapter.path}: {note}" for note in notes]

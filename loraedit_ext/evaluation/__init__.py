@@ -1,0 +1,1 @@
+"""Judging edits: procedural scenes with exact ground truth, metrics."""

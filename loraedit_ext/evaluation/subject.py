@@ -1,0 +1,202 @@
+"""What is judged: an edit of ours by its config and edited.json, or the files of any tool."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.errors import ErrorCollector, UserError
+from dataset import images
+from dataset.job import EditJob, grey_levels, load_job
+from dataset.resize import Grid
+from dataset.video import hash_media, read_media
+from loraedit_ext import masks, results
+from loraedit_ext import run as runs
+from loraedit_ext.config import RunConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """One edit with everything that it is compared with. Axes: F frames, H W pixels."""
+
+    name: str
+    source: np.ndarray
+    """uint8 (F, H, W, 3)."""
+    edited: np.ndarray
+    """uint8 (F, H, W, 3): the result as it was written."""
+    preserve: np.ndarray
+    """bool (F, H, W), True outside the edit."""
+    reference: np.ndarray
+    """uint8 (H, W, 3): the edited first frame."""
+    generated: np.ndarray | None
+    """uint8 (F, H, W, 3): before compositing, where that is known."""
+    truth: np.ndarray | None
+    """uint8 (F, H, W, 3): what the edit should be, where that is known."""
+    fps: Fraction
+    files: dict[str, str]
+    """Role to path."""
+    hashes: dict[str, str]
+    """Role to SHA-256."""
+    notes: tuple[str, ...] = ()
+    """What a reader should know, one sentence each."""
+    run: Path | None = None
+    """Run folder of the LoRA that made it."""
+    record: dict[str, Any] | None = None
+    """Its edited.json."""
+
+
+def newest_edit(config: RunConfig) -> Path:
+    """The edit of the newest LoRA in output_dir.
+
+    Raises:
+        UserError: that LoRA has made no edit yet.
+    """
+    folder = runs.newest_lora(config.output_dir).parent / "edit"
+    if not (folder / results.RECORD).is_file():
+        raise UserError(
+            f"{folder}: no {results.RECORD} in it, so the newest LoRA has made no edit yet. "
+            "Run inference.py first, or give --edit FOLDER."
+        )
+    return folder
+
+
+def from_edit(config: RunConfig, folder: Path) -> Subject:
+    """An edit that inference.py wrote, against the job that it was made from.
+
+    Raises:
+        UserError: files are missing, or the job's files have changed since the edit.
+    """
+    record = _read_record(folder / results.RECORD)
+    made = record["job"]
+    job = load_job(config.dataset, Grid(), {key: made[key] for key in ("size", "frames", "start")})
+    _check_unchanged(job, made["hashes"], folder)
+    if job.first_edit is None:
+        raise UserError(f"{config.dataset}: has no edited frame 0, which this edit was made from. Put it back.")
+    as_images = record["config"]["edit"]["output"] == "png"
+    edited = folder / (results.EDITED_FRAMES if as_images else results.EDITED_VIDEO)
+    generated = folder / results.GENERATED
+    files = {"source": job.source, "edited": edited, "mask": job.mask, "reference": job.first_edit.path}
+    hashes = {role: job.hashes[key] for role, key in
+              (("source", "source"), ("mask", "mask"), ("reference", "edited_frame.0"))}
+    hashes["edited"] = hash_media(_existing(edited))
+    if generated.is_file():
+        files["generated"], hashes["generated"] = generated, hash_media(generated)
+    return Subject(
+        name=job.name, source=job.frames, edited=_frames(edited, job.frames.shape),
+        preserve=masks.from_grey(torch.tensor(job.grey_mask), str(job.mask)).numpy(), reference=job.first_edit.image,
+        generated=_frames(generated, job.frames.shape) if generated.is_file() else None, truth=None, fps=job.fps,
+        files={role: str(path) for role, path in files.items()}, hashes=hashes,
+        run=_run_of(folder, Path(record["lora"]["path"])), record=record,
+    )  # fmt: skip
+
+
+def _run_of(folder: Path, adapter: Path) -> Path:
+    """The run folder: where the edit lies now, if it lies beside its LoRA, for run folders get moved."""
+    beside = folder.resolve().parent / adapter.name
+    return (beside if beside.is_file() else adapter).parent.parent
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: could not be read ({error}), expected what inference.py writes.") from error
+
+
+def _check_unchanged(job: EditJob, then: dict[str, str], folder: Path) -> None:
+    """Judging an edit against files that it was not made from would give numbers that mean nothing."""
+    changed = [key for key in ("source", "mask", "edited_frame.0") if job.hashes.get(key) != then.get(key)]
+    if changed:
+        raise UserError(
+            f"{folder}: the job's {' and '.join(changed)} changed since this edit was made. "
+            "Run inference.py again, or bring the files back."
+        )
+
+
+@dataclass(frozen=True)
+class Files:
+    """What --source, --edited, ... name."""
+
+    source: Path
+    edited: Path
+    mask: Path
+    reference: Path
+    generated: Path | None = None
+    truth: Path | None = None
+
+    def named(self) -> dict[str, Path]:
+        """Role to path, of those that were given."""
+        return {role: path for role, path in vars(self).items() if path is not None}
+
+
+def from_files(files: Files) -> Subject:
+    """The output of any tool.
+
+    The edited video sets the length: where others are longer, their first frames count, and a note says so.
+
+    Raises:
+        UserError: everything that is missing or does not fit, together.
+    """
+    errors = ErrorCollector()
+    videos: dict[str, np.ndarray] = {}
+    fps, notes = Fraction(1), []
+    for role, path in files.named().items():
+        with errors.catch():
+            if path.suffix.lower() in images.SUFFIXES:
+                videos[role] = images.read_image(_existing(path))[None]
+                continue
+            video = read_media(path)
+            videos[role] = video.frames
+            fps = video.fps if role == "edited" else fps
+            notes += [f"{role}: {note}." for note in video.notes]
+    errors.raise_if_any()
+    shape = videos["edited"].shape
+    for role, frames in videos.items():
+        with errors.catch():
+            videos[role], note = _fitted(files.named()[role], role, frames, shape)
+            notes += [note] if note else []
+    errors.raise_if_any()
+    grey = grey_levels(files.mask, videos["mask"])
+    return Subject(
+        name=files.edited.stem, source=videos["source"], edited=videos["edited"],
+        preserve=masks.from_grey(torch.tensor(grey), str(files.mask)).numpy(), reference=videos["reference"][0],
+        generated=videos.get("generated"), truth=videos.get("truth"), fps=fps,
+        files={role: str(path) for role, path in files.named().items()},
+        hashes={role: hash_media(path) for role, path in files.named().items()}, notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _fitted(
+    path: Path, role: str, frames: np.ndarray, shape: tuple[int, ...]
+) -> tuple[np.ndarray, str]:
+    """Frames as many as the edited video has, and a note where some were left out."""
+    if frames.shape[1:] != shape[1:]:
+        raise UserError(
+            f"{path}: {role} is {frames.shape[2]}x{frames.shape[1]}, the edited video {shape[2]}x{shape[1]}. "
+            "Nothing is stretched; make them one size."
+        )
+    if role == "mask" and len(frames) == 1:
+        return np.repeat(frames, shape[0], axis=0), ""
+    wanted = 1 if role == "reference" else shape[0]
+    if len(frames) < wanted:
+        raise UserError(f"{path}: {role} has {len(frames)} frames, the edited video {shape[0]}. Give the whole clip.")
+    return frames[:wanted], f"{role}: first {wanted} of {len(frames)} frames used." if len(frames) > wanted else ""
+
+
+def _frames(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    frames = read_media(_existing(path)).frames
+    if frames.shape != shape:
+        raise UserError(f"{path}: has shape {frames.shape}, expected {shape} as the job has. Run inference.py again.")
+    return frames
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder.")
+    return path

@@ -1,0 +1,25 @@
+"""HunyuanVideo-I2V whose conditioning accepts a spatially varying mask: nothing but that."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loraedit_ext import masks
+from models.hunyuan.checkpoint import HunyuanCheckpoint
+from models.hunyuan.wrapper import HunyuanI2V
+
+
+class MaskedHunyuan(HunyuanI2V):
+    """HunyuanVideo told of the whole mask: through its mask channel, or by which tokens are clean.
+
+    With the first-frame mask it equals its base bit for bit.
+    """
+
+    def __init__(self, checkpoint: HunyuanCheckpoint, device: torch.device, rule: masks.MaskRule = "all") -> None:
+        super().__init__(checkpoint, device)
+        self.rule = rule
+
+    def known_region(self, video: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        cells = masks.latent_mask if self.variant == "latent_concat" else masks.token_mask
+        return masks.grey_fill(video, mask), cells(mask, self.rule)

@@ -1,0 +1,159 @@
+"""From a configuration to a finished training run or edit: what the verbs call."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dataset.cache import LatentCache
+from dataset.job import EditJob, load_job
+from dataset.resize import Grid
+from dataset.triple import EncodedTriple, Triple
+from loraedit_ext import lora, plan
+from loraedit_ext import run as runs
+from loraedit_ext.config import Family, RunConfig, StageSettings
+from loraedit_ext.encode import Unconditional, encode_all, identity
+from loraedit_ext.hunyuan import MaskedHunyuan
+from loraedit_ext.pipeline import World, check_world, distributed
+from loraedit_ext.preview import Preview, describe_preview, plan_preview
+from loraedit_ext.wan import MaskedWan
+from models.base import I2VModel
+from models.hunyuan.checkpoint import HunyuanCheckpoint
+from models.wan.checkpoint import WanCheckpoint
+
+MAX_AREA = 832 * 480
+"""Pixels of a frame beyond which the default size is scaled down: what 480P models were trained on."""
+
+FAMILIES: dict[Family, tuple[type[WanCheckpoint | HunyuanCheckpoint], type[MaskedWan | MaskedHunyuan]]] = {
+    "wan": (WanCheckpoint, MaskedWan),
+    "hunyuan-video": (HunyuanCheckpoint, MaskedHunyuan),
+}
+"""How each family's checkpoint is opened, and its model with the masked conditioning."""
+
+
+def build_model(config: RunConfig, device: torch.device) -> I2VModel:
+    """The masked model of the configured family; reads headers, no weights."""
+    settings = config.model
+    open_checkpoint, masked = FAMILIES[settings.type]
+    checkpoint = open_checkpoint.open(
+        settings.ckpt_path, settings.transformer_path, settings.vae_path, settings.llm_path, settings.clip_path
+    )
+    return masked(checkpoint, device, config.mask_rule)
+
+
+def open_job(config: RunConfig, model: I2VModel) -> EditJob:
+    """The edit job, fitted to the model's grid."""
+    geometry = model.geometry
+    return load_job(config.dataset, Grid(geometry.temporal_stride, geometry.size_step, MAX_AREA))
+
+
+def cache_of(config: RunConfig) -> LatentCache:
+    """The latent cache: beside the job by default, in a folder per model family as diffusion-pipe has it."""
+    folder = config.cache_dir or config.dataset.parent / "cache"
+    return LatentCache(folder / config.model.type)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is understood and planned, but not started."""
+
+    model: I2VModel
+    job: EditJob
+    stages: Sequence[StageSettings]
+    triples: Mapping[str, Sequence[Triple]]
+    preview: Preview | None
+
+    def samples(self) -> list[Triple | Unconditional]:
+        """Everything that the frozen encoders are needed for."""
+        training = [triple for group in self.triples.values() for triple in group]
+        return [*training, *(self.preview.samples() if self.preview else [])]
+
+
+def train(config: RunConfig, dry_run: bool = False, cache_only: bool = False) -> None:
+    """Plan, encode, train, export.
+
+    Args:
+        dry_run: stop after the plan; nothing is written.
+        cache_only: stop when everything is encoded.
+    """
+    if dry_run:
+        prepare(config, World(0, 0, 1, torch.device("cpu")))
+        return
+    with distributed() as world:
+        logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s")
+        prepared = prepare(config, world)
+        samples = encode_all(prepared.model, prepared.samples(), cache_of(config), config.mask_rule, world)
+        if not cache_only:
+            _run(config, world, prepared, samples)
+
+
+def prepare(config: RunConfig, world: World) -> Prepared:
+    """Check everything that can be checked before time is spent, and print the plan."""
+    replicas = check_world(world, config.pipeline_stages)
+    model = build_model(config, world.device)
+    job = open_job(config, model)
+    stages = plan.stages(config, job)
+    triples = plan.triples(job, stages)
+    prepared = Prepared(model, job, stages, triples, plan_preview(config, job, model.geometry))
+    if world.is_main:
+        transformer = model.build_transformer()
+        lora.inject(transformer, model, config.adapter)
+        cache = cache_of(config)
+        cached = sum(identity(model, t, config.mask_rule) in cache for group in triples.values() for t in group)
+        print(plan.describe(config, job, model, stages, triples, cached, transformer, replicas), flush=True)
+        if prepared.preview:
+            print(describe_preview(prepared.preview, config, job, model.geometry), flush=True)
+    return prepared
+
+
+def _run(
+    config: RunConfig, world: World, prepared: Prepared, samples: Mapping[str, EncodedTriple]
+) -> None:
+    from loraedit_ext.trainer import Trainer, group_names
+
+    trainer = Trainer(
+        config, prepared.job, prepared.model, samples, group_names(prepared.triples), prepared.stages, world,
+        runs.to_resume(config), prepared.preview,
+    )  # fmt: skip
+    if world.is_main:
+        print(plan.describe_files(trainer.run, prepared.stages), flush=True)
+    trainer.train()
+    if world.is_main:
+        print(f"done      {trainer.run / f'step{trainer.step}' / lora.EXPORT_NAME}", flush=True)
+
+
+def edit(config: RunConfig, lora_path: Path | None, out: Path | None) -> Path:
+    """Edit the job's video with a trained LoRA and write the results.
+
+    Args:
+        lora_path: default: the newest LoRA in output_dir.
+        out: folder to write to; default: `edit` beside the LoRA.
+
+    Returns:
+        The folder.
+    """
+    from loraedit_ext.editor import Editor, check_lora
+    from loraedit_ext.results import write
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_model(config, device)
+    job = open_job(config, model)
+    adapter = lora.read(lora_path or runs.newest_lora(config.output_dir), model)
+    for note in check_lora(adapter, model, job, config.mask_rule):
+        print(f"note      {note}", flush=True)
+    stacked = [(lora.read(extra.path, model), extra.strength) for extra in config.edit.lora]
+    for extra, _ in stacked:
+        lora.check_model(extra, model)
+    print(f"editing   {job.name} with {adapter.path}, strength {config.edit.lora_strength:g}", flush=True)
+    for extra, strength in stacked:
+        print(f"stacked   {extra.path} ({extra.layout} names), strength {strength:g}", flush=True)
+    result = Editor(config, model, adapter, device, stacked).edit(job)
+    folder = out or adapter.path.parent / "edit"
+    for line in write(folder, result, job, config, adapter):
+        print(f"wrote     {line}", flush=True)
+    return folder

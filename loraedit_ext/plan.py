@@ -1,0 +1,135 @@
+"""What a run will do, told before it does it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common.errors import UserError
+from dataset.job import EditJob
+from dataset.triple import Triple
+from loraedit_ext import regimes
+from loraedit_ext.config import RunConfig, StageSettings
+from models.base import I2VModel
+
+GB = 1e9
+CHECKPOINTED_ROWS = 2.0
+"""fp32 block input kept per token and block, in rows of width x 2 bytes."""
+KEPT_ROWS = 28.7
+"""Rows kept per token and block without activation checkpointing (benchmarks/activations.md)."""
+WORKING_ROWS = 36.1
+"""Rows alive at the peak of one block's backward."""
+OPTIMIZER_BYTES = 16
+"""Per LoRA weight: fp32 weight, gradient, and AdamW's two moments."""
+
+
+def stages(config: RunConfig, job: EditJob) -> list[StageSettings]:
+    """The configured stages, or the paper's: 100 steps of motion, then 100 with appearance if later frames were edited.
+
+    Raises:
+        UserError: a stage mixes in appearance, but no frame behind the first was edited.
+    """
+    later = any(edited.index > 0 for edited in job.edited_frames)
+    chosen = list(config.stage)
+    if not chosen:
+        chosen = [StageSettings(name="motion", steps=100, mix={"motion": 1})]
+        if later:
+            chosen.append(StageSettings(name="appearance", steps=100, mix={"motion": 1, "appearance": 9}))
+    if any("appearance" in stage.mix for stage in chosen) and not later:
+        raise UserError(
+            f"job {job.name}: a stage trains on appearance, but no frame behind the first is edited. "
+            "Add an [[edited_frame]] with frame > 0, or take appearance out of the mix."
+        )
+    return chosen
+
+
+def triples(job: EditJob, chosen: Sequence[StageSettings]) -> dict[regimes.Regime, list[Triple]]:
+    """The samples of every regime that a stage uses."""
+    used = [regime for regime in regimes.REGIMES if any(regime in stage.mix for stage in chosen)]
+    return {regime: regimes.BUILDERS[regime](job) for regime in used}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Predicted device memory of one training process, in bytes; arithmetic, not measurement."""
+
+    weights: float
+    adapter: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.adapter + self.activations
+
+
+def predict_memory(
+    config: RunConfig, model: I2VModel, transformer: nn.Module, tokens: int, width: int, blocks: int
+) -> Memory:
+    """Predict the memory of the fullest pipeline stage.
+
+    Args:
+        transformer: with the LoRA injected, on any device.
+        tokens: video tokens of the largest sample.
+        width, blocks: of the transformer.
+    """
+    dtype, linears = config.model.storage
+    frozen = sum(
+        p.numel() * model.dtype_of(name.replace(".base_layer", ""), dtype, linears).itemsize
+        for name, p in transformer.named_parameters() if not p.requires_grad
+    )
+    trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    compute = torch.finfo(getattr(torch, config.model.dtype)).bits // 8
+    row = tokens * width * compute * config.micro_batch_size_per_gpu
+    kept = CHECKPOINTED_ROWS if config.activation_checkpointing else KEPT_ROWS
+    in_flight = min(config.pipeline_stages, config.gradient_accumulation_steps)
+    share = 1 / config.pipeline_stages
+    return Memory(
+        weights=frozen * share,
+        adapter=trained * OPTIMIZER_BYTES * share,
+        activations=row * (kept * blocks * share * in_flight + WORKING_ROWS),
+    )
+
+
+def describe(
+    config: RunConfig, job: EditJob, model: I2VModel, chosen: Sequence[StageSettings],
+    samples: Mapping[regimes.Regime, Sequence[Triple]], cached: int, transformer: nn.Module, replicas: int,
+) -> str:
+    """The plan, as text."""
+    names = {regime: [t.name for t in group] for regime, group in samples.items()}
+    per_step = config.micro_batch_size_per_gpu * config.gradient_accumulation_steps * replicas
+    trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    width, height = job.size
+    _, latent_frames, h, w = model.geometry.latent_shape(max(len(c) for c in job.clips), height, width)
+    tokens = latent_frames * h * w // model.geometry.patch**2
+    memory = predict_memory(config, model, transformer, tokens, transformer.config.dim, len(transformer.layers()) - 2)
+    total = len([t for group in samples.values() for t in group])
+    lines = [
+        f"model     {config.model.type} from {config.model.source}: "
+        + ", ".join(f"{k} {v}" for k, v in model.describe().items() if k != "family"),
+        f"layout    {model.checkpoint.describe_layout()}",
+        *(f"job       {choice}" for choice in job.choices),
+        *(f"samples   {regime}: {', '.join(group)}" for regime, group in names.items()),
+        f"latents   {tokens} tokens in the largest sample; cache: {cached} of {total} samples are there",
+        *(f"stage     {stage.name}: {stage.steps} steps, {per_step} sample(s) a step, mix "
+          + ", ".join(f"{r} {weight:g}" for r, weight in stage.mix.items()) for stage in chosen),
+        f"lora      rank {config.adapter.rank}, {trained:,} trainable weights; {config.optimizer.type}, "
+        f"lr {config.optimizer.lr:g}",
+        f"processes {config.pipeline_stages} pipeline stage(s) x {replicas} replica(s)",
+        f"memory    about {memory.total / GB:.2f} GB a process (weights {memory.weights / GB:.2f}, LoRA and optimizer "
+        f"{memory.adapter / GB:.2f}, activations {memory.activations / GB:.2f})",
+    ]
+    return "\n".join(lines)
+
+
+def describe_files(run: Path, chosen: Sequence[StageSettings]) -> str:
+    """Files that the run will leave behind."""
+    ends, step = [], 0
+    for stage in chosen:
+        step += stage.steps
+        ends.append(step)
+    steps = ", ".join(f"step{end}/ and global_step{end}/" for end in ends)
+    return f"writes    {run}: {steps}, latest, config.json, metrics.jsonl, tensorboard events"

@@ -1,0 +1,147 @@
+"""The paper on one page: how each regime builds its (condition, mask, target) triples from an edit job.
+
+| regime             | condition video                            | mask (1 = preserve)                  | target      |
+|--------------------|--------------------------------------------|--------------------------------------|-------------|
+| naive (3.1)        | frame 0, then grey                         | frame 0                              | source      |
+| motion (3.3.1)     | source, edit region grey, frame 0 whole    | frame 0, and outside the region      | source      |
+| appearance (3.3.2) | one source frame, edit region grey         | outside the region                   | edited frame|
+| edit (inference)   | as motion, frame 0 := edited frame 0       | as motion                            | -           |
+
+For the paper's ablations (figure 2) the edit can be told less or more than that, see `EditCondition`.
+
+Axes: F pixel frames, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from common.errors import UserError
+from dataset.job import EditedFrame, EditJob
+from dataset.triple import Triple
+from loraedit_ext import masks
+
+Regime = Literal["naive", "motion", "appearance"]
+REGIMES: tuple[Regime, ...] = get_args(Regime)
+EditCondition = Literal["motion", "first_frame", "all", "none"]
+"""What the model is told when it edits: `motion` is the method (figure 2, case 3); `first_frame` the released models'
+own condition (case default), which the naive regime trains with; `all` the whole video (case 2); `none` nothing (case 1).
+"""
+
+
+def to_unit(pixels: np.ndarray) -> Tensor:
+    """uint8 (F, H, W, 3) -> float32 (3, F, H, W) in [-1, 1]."""
+    return rearrange(torch.tensor(pixels), "f h w c -> c f h w").float() / 127.5 - 1
+
+
+def to_pixels(video: Tensor) -> np.ndarray:
+    """float (3, F, H, W) in [-1, 1] -> uint8 (F, H, W, 3), rounded."""
+    return rearrange((video + 1) * 127.5, "c f h w -> f h w c").round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def preserve_mask(job: EditJob) -> Tensor:
+    """The job's mask, bool (F, H, W): True outside the region to edit, in frame 0 too."""
+    return masks.from_grey(torch.tensor(job.grey_mask), str(job.mask))
+
+
+def prompt(job: EditJob, caption: str) -> str:
+    """The fixed special token p*, then the caption."""
+    return f"{job.trigger} {caption}".strip()
+
+
+def with_first_edit(job: EditJob) -> np.ndarray:
+    """The source with the edited first frame in place of frame 0, uint8 (F, H, W, 3).
+
+    Raises:
+        UserError: the job has no edited first frame.
+    """
+    first = job.first_edit
+    if first is None:
+        raise UserError(
+            f"job {job.name}: no edited first frame, and without one there is nothing to propagate. "
+            "Add [[edited_frame]] with frame = 0 and image = \"...\"."
+        )
+    return np.concatenate([first.image[None], job.frames[1:]])
+
+
+def naive(job: EditJob) -> list[Triple]:
+    """Plain first-frame LoRA, the paper's ablation (3.1)."""
+    height, width = job.frames.shape[1:3]
+    return [
+        _over_source(job, "naive", clip, masks.first_frame_only(len(clip), height, width)) for clip in job.clips
+    ]
+
+
+def motion(job: EditJob) -> list[Triple]:
+    """Disentangle edit and background (3.3.1): regenerate the region, given the background."""
+    preserve = preserve_mask(job)
+    return [
+        _over_source(job, "motion", clip, masks.with_first_frame(preserve[clip.start : clip.stop]))
+        for clip in job.clips
+    ]
+
+
+def appearance(job: EditJob) -> list[Triple]:
+    """How the edit looks later on (3.3.2): one single-frame sample per edited frame behind the first."""
+    preserve = preserve_mask(job)
+    return [_of_edited_frame(job, edited, preserve) for edited in job.edited_frames if edited.index > 0]
+
+
+def edit(job: EditJob, condition: EditCondition = "motion") -> Triple:
+    """Inference: as motion over the whole video, with the edited first frame in place of frame 0."""
+    preserve = _told(preserve_mask(job), condition)
+    video = to_unit(with_first_edit(job))
+    return Triple(
+        name="edit",
+        condition=masks.grey_fill(video, preserve),
+        mask=preserve,
+        target=None,
+        reference=video[:, 0],
+        prompt=prompt(job, job.first_edit.caption),
+    )
+
+
+def _told(preserve: Tensor, condition: EditCondition) -> Tensor:
+    """The job's mask as the edit's condition has it, bool (F, H, W)."""
+    if condition == "motion":
+        return masks.with_first_frame(preserve)
+    if condition == "first_frame":
+        return masks.first_frame_only(*preserve.shape)
+    return torch.full_like(preserve, condition == "all")
+
+
+BUILDERS: dict[Regime, Callable[[EditJob], list[Triple]]] = {
+    "naive": naive, "motion": motion, "appearance": appearance,
+}  # fmt: skip
+
+
+def _over_source(job: EditJob, regime: str, clip: range, preserve: Tensor) -> Triple:
+    """A triple whose target is the source itself, over the frames of one training clip."""
+    video = to_unit(job.frames[clip.start : clip.stop])
+    return Triple(
+        name=regime if len(job.clips) == 1 else f"{regime}@{clip.start}-{clip.stop - 1}",
+        condition=masks.grey_fill(video, preserve),
+        mask=preserve,
+        target=video,
+        reference=video[:, 0],
+        prompt=prompt(job, job.caption),
+    )
+
+
+def _of_edited_frame(job: EditJob, edited: EditedFrame, preserve: Tensor) -> Triple:
+    source = to_unit(job.frames[edited.index : edited.index + 1])
+    mask = preserve[edited.index : edited.index + 1]
+    return Triple(
+        name=f"appearance@{edited.index}",
+        condition=masks.grey_fill(source, mask),
+        mask=mask,
+        target=to_unit(edited.image[None]),
+        reference=source[:, 0],
+        prompt=prompt(job, edited.caption),
+    )

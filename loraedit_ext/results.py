@@ -1,0 +1,64 @@
+"""What an edit leaves behind: edited.mp4 or PNG frames, comparison.mp4, generated.mkv, and edited.json.
+
+generated.mkv holds what the model made, before compositing and without loss; edited.json all that is needed to make it
+again.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from common.files import hash_file, write_json_atomic
+from dataset.job import EditJob
+from dataset.video_writer import write_images, write_lossless, write_mp4
+from loraedit_ext.config import RunConfig
+from loraedit_ext.editor import Edit
+from loraedit_ext.lora import LoraFile
+
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "deepspeed")
+EDITED_VIDEO, EDITED_FRAMES, GENERATED, RECORD = "edited.mp4", "edited", "generated.mkv", "edited.json"
+GAP = 8
+"""Pixels between the pictures of a comparison."""
+
+
+def write(folder: Path, edit: Edit, job: EditJob, config: RunConfig, adapter: LoraFile) -> list[str]:
+    """Write everything into `folder`, made if need be; one line a file."""
+    lines = []
+    times = job.times if job.variable_rate else None
+    if config.edit.output == "png":
+        write_images(folder / EDITED_FRAMES, edit.frames)
+        lines.append(str(folder / EDITED_FRAMES))
+    else:
+        audio = {} if job.audio is None else {
+            "audio_from": job.audio.path, "audio_start": job.audio.start, "audio_seconds": job.audio.seconds
+        }  # fmt: skip
+        notes = write_mp4(folder / EDITED_VIDEO, edit.frames, job.fps, times=times, **audio)
+        lines += [str(folder / EDITED_VIDEO), *notes]
+    write_mp4(folder / "comparison.mp4", side_by_side(job, edit), job.fps, times=times)
+    write_lossless(folder / GENERATED, edit.generated, job.fps)
+    write_json_atomic(folder / RECORD, record(edit, job, config, adapter))
+    return [*lines, *(str(folder / name) for name in ("comparison.mp4", GENERATED, RECORD))]
+
+
+def side_by_side(job: EditJob, edit: Edit) -> np.ndarray:
+    """Source, mask laid over it, and result next to each other: uint8 (F, H, 3W + gaps, 3)."""
+    grey = (job.grey_mask[..., None] / 255.0) * 0.5
+    overlay = np.rint(job.frames * (1 - grey) + np.array([255, 0, 80]) * grey).astype(np.uint8)
+    gap = np.full((*job.frames.shape[:2], GAP, 3), 255, np.uint8)
+    return np.concatenate([job.frames, gap, overlay, gap, edit.frames], axis=2)
+
+
+def record(edit: Edit, job: EditJob, config: RunConfig, adapter: LoraFile) -> dict:
+    """All that is needed to make the result again."""
+    return {
+        "command": [sys.executable.rsplit("/", 1)[-1], *sys.argv],
+        "config": config.model_dump(mode="json"),
+        "job": job.fields(),
+        "lora": {"path": str(adapter.path), "sha256": hash_file(adapter.path), "metadata": adapter.metadata},
+        "facts": edit.facts,
+        "versions": {name: version(name) for name in LIBRARIES},
+    }

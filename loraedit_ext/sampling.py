@@ -1,0 +1,82 @@
+"""From noise to the latents of an edit: what inference and the previews of a training run share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.progress import progress
+from loraedit_ext import flow
+from loraedit_ext.config import EditSettings
+from models.base import I2VModel
+
+Forward = Callable[[tuple[Tensor, ...], int], Tensor]
+"""The transformer: batched inputs of its first layer, and the number of the pass (0 with the prompt, 1 without it), to
+the velocity (1, C, T, h, w)."""
+
+
+@torch.no_grad()
+def sample_latents(
+    model: I2VModel, forward: Forward, passes: Sequence[dict[str, Tensor]], shape: tuple[int, ...],
+    settings: EditSettings, device: torch.device, title: str,
+) -> Tensor:
+    """Sample an edit with a generator of its own, so that no other random state moves.
+
+    Args:
+        forward: the transformer, in evaluation mode.
+        passes: conditioning without batch axis; a second one is the unconditional pass of classifier-free guidance.
+        shape: (C, T, h, w).
+        title: of the progress bar.
+
+    Returns:
+        Normalised latents (C, T, h, w), fp32 on the CPU.
+    """
+    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(settings.seed)).to(device)
+    batched = [{name: tensor[None].to(device) for name, tensor in condition.items()} for condition in passes]
+    embedded = settings.embedded_guidance or 1.0
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        velocities = [
+            forward(model.model_inputs(x, t.to(x.device).expand(len(x)), condition, embedded), number)
+            for number, condition in enumerate(batched)
+        ]
+        if len(velocities) == 1:
+            return velocities[0]
+        conditional, plain = velocities
+        return plain + settings.guidance * (conditional - plain)
+
+    sigmas = flow.inference_sigmas(settings.steps, settings.shift, settings.sampler)
+    start = model.start_latents(noise, batched[0])
+    with progress(settings.steps, title, unit="step", leave=False) as bar:
+        x = flow.sample(predict, start, sigmas, settings.sampler, on_step=lambda _i, _x: bar.update() and None)
+    return model.final_latents(x, batched[0])[0].cpu()
+
+
+def composite(kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray, feather: int) -> np.ndarray:
+    """Put preserved pixels back exactly, with a soft seam inside the edited region.
+
+    Args:
+        kept: uint8 (F, H, W, 3): the source, frame 0 edited.
+        generated: uint8 (F, H, W, 3).
+        preserve: bool (F, H, W).
+        feather: width in pixels of the seam; at this distance from a preserved pixel only the generated one counts.
+    """
+    out = np.empty_like(generated)
+    for index, mask in enumerate(preserve):
+        weight = seam_weight(mask, feather)[..., None]
+        blended = kept[index] * (1 - weight) + generated[index] * weight
+        out[index] = np.where(mask[..., None], kept[index], np.rint(blended).astype(np.uint8))
+    return out
+
+
+def seam_weight(preserve: np.ndarray, feather: int) -> np.ndarray:
+    """Weight of the generated pixel, float32 (H, W): 0 where preserved, rising to 1 over `feather` pixels."""
+    generate = (~preserve).astype(np.uint8)
+    if feather == 0 or not preserve.any():
+        return generate.astype(np.float32)
+    distance = cv2.distanceTransform(generate, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    return np.clip(distance / feather, 0, 1, dtype=np.float32)

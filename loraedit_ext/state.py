@@ -1,0 +1,155 @@
+"""Full training state in one file per layer, so that a run resumes on any number of stages or replicas, exactly.
+
+`global_stepN/layer_K.safetensors` holds, for each trainable weight, the weight and every tensor of its optimizer
+state; `state.json` holds the step and, per weight, the optimizer's plain numbers. `latest` names the newest folder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.errors import UserError
+from common.files import atomic_path, write_json_atomic, write_text_atomic
+from loraedit_ext.pipeline import World
+from models.checkpoint import read_config
+
+LATEST = "latest"
+STATE_FORMAT = 1
+GROUP = "group"
+"""Prefix of values that belong to the optimizer as a whole."""
+
+
+def save(
+    run: Path, step: int, layers: Mapping[int, Mapping[str, nn.Parameter]], optimizer: torch.optim.Optimizer,
+    writes: bool, world: World, extra: Mapping[str, Any],
+) -> Path:
+    """Write `global_stepN` and point `latest` at it; the folder gets its name only when it is whole.
+
+    Args:
+        layers: trainable weights of this process's layers, by layer index, then original name.
+        writes: whether this process writes (replica 0 of each stage).
+        extra: JSON facts of the run to keep with the state.
+    """
+    folder, partial = run / f"global_step{step}", run / f".global_step{step}.partial"
+    if world.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    world.barrier()
+    if writes:
+        for index, weights in layers.items():
+            _save_layer(partial / f"layer_{index:03d}.safetensors", weights, optimizer)
+    world.barrier()
+    if world.is_main:
+        write_json_atomic(partial / "state.json", {"format": STATE_FORMAT, "step": step, **extra})
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        write_text_atomic(run / LATEST, folder.name + "\n")
+    world.barrier()
+    return folder
+
+
+def _save_layer(path: Path, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    from safetensors.torch import save_file
+
+    values: dict[str, Any] = {f"{GROUP}/{key}": value for key, value in _moved(optimizer).items()}
+    for name, parameter in weights.items():
+        values[f"{name}/weight"] = parameter
+        values |= {f"{name}/{key}": value for key, value in optimizer.state[parameter].items()}
+    is_tensor = {key: isinstance(value, torch.Tensor) for key, value in values.items()}
+    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in values.items() if is_tensor[k]}
+    numbers = {k: v for k, v in values.items() if not is_tensor[k]}
+    with atomic_path(path) as partial:
+        save_file(tensors, partial, metadata={"format": "pt", "numbers": json.dumps(numbers)})
+
+
+def _moved(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Values that an optimizer keeps beside its settings and has changed itself, such as Prodigy's estimate of lr.
+
+    Settings are not among them: they are the configuration's, also after a resume.
+    """
+    group, defaults = optimizer.param_groups[0], optimizer.defaults
+    return {
+        key: value for key, value in group.items()
+        if key not in ("params", "lr") and isinstance(value, int | float | torch.Tensor)
+        and (isinstance(value, torch.Tensor) or value != defaults.get(key))
+    }
+
+
+def find(run: Path) -> Path:
+    """The newest full state of a run.
+
+    Raises:
+        UserError: there is none; the message lists what is there.
+    """
+    latest = run / LATEST
+    folder = run / latest.read_text().strip() if latest.is_file() else None
+    if folder is None or not (folder / "state.json").is_file():
+        there = sorted(p.name for p in run.glob("*step*")) if run.is_dir() else []
+        raise UserError(
+            f"{run}: nothing to resume: {'no file `latest`' if folder is None else f'{folder.name} is not whole'}. "
+            f"Found: {', '.join(there) or 'no checkpoint'}. "
+            "A LoRA alone (stepN) continues by adapter.init_from_existing."
+        )
+    return folder
+
+
+def load_facts(folder: Path) -> dict[str, Any]:
+    """What `state.json` says: step, and the facts of the run."""
+    facts = read_config(folder / "state.json")
+    if facts.get("format") != STATE_FORMAT:
+        raise UserError(f"{folder}: state format {facts.get('format')}, this version reads {STATE_FORMAT}.")
+    return facts
+
+
+def load(
+    folder: Path, layers: Mapping[int, Mapping[str, nn.Parameter]], optimizer: torch.optim.Optimizer
+) -> None:
+    """Read weights and optimizer state of these layers.
+
+    Raises:
+        UserError: a layer's file is missing, unreadable, or holds other weights.
+    """
+    for index, weights in layers.items():
+        if weights:
+            _load_layer(folder / f"layer_{index:03d}.safetensors", weights, optimizer)
+
+
+def _load_layer(path: Path, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            entries = tensors | json.loads(file.metadata()["numbers"])
+    except (OSError, SafetensorError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: unreadable training state ({error}). Resume from another checkpoint.") from error
+    optimizer.param_groups[0].update(_under(GROUP, entries))
+    for name, parameter in weights.items():
+        value = tensors.get(f"{name}/weight")
+        if value is None or value.shape != parameter.shape:
+            found = "nothing" if value is None else f"shape {tuple(value.shape)}"
+            raise UserError(
+                f"{path}: weight {name}: expected shape {tuple(parameter.shape)}, found {found}. "
+                "The checkpoint is of another model or adapter.rank."
+            )
+        parameter.data.copy_(value)
+        state = {key: _place(value, key, parameter) for key, value in _under(name, entries).items() if key != "weight"}
+        optimizer.state[parameter] = state
+
+
+def _under(prefix: str, entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {k.removeprefix(f"{prefix}/"): v for k, v in entries.items() if k.startswith(f"{prefix}/")}
+
+
+def _place(value: Any, key: str, parameter: nn.Parameter) -> Any:
+    """Optimizer tensors live with their weight, except step counters, which torch keeps on the CPU."""
+    if not isinstance(value, torch.Tensor) or key == "step":
+        return value
+    return value.to(parameter.device)

@@ -1,0 +1,1 @@
+"""I2V models as released: transformers, checkpoints, pipeline layers."""

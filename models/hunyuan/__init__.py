@@ -1,0 +1,1 @@
+"""HunyuanVideo-I2V as released: transformer, encoders, checkpoint layouts."""

@@ -1,0 +1,153 @@
+"""What both transformers are made of: constants in transit, sinusoids, rotary embedding, fp32 islands.
+
+Axes: B batch, N tokens, D hidden width, H heads, d head width, T h w latent grid in patches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+_VIEW_OF = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+_FLOAT_OF = {torch.int32: torch.float32, torch.int16: torch.bfloat16}
+
+
+def freeze(constant: Tensor) -> Tensor:
+    """View a float tensor as integers of its width, so that it crosses a pipeline boundary as a constant.
+
+    DeepSpeed runs one backward per float tensor at a boundary and sends each one's gradient back;
+    integers get neither.
+    """
+    return constant.detach().contiguous().view(_VIEW_OF[constant.dtype])
+
+
+def thaw(constant: Tensor) -> Tensor:
+    """Undo `freeze`: int32 is float32, int16 is bfloat16."""
+    return constant.view(_FLOAT_OF[constant.dtype])
+
+
+def to_autocast(x: Tensor) -> Tensor:
+    """Cast to the autocast dtype, if autocast is on.
+
+    Done once where several linears share an input, or each would keep its own cast for LoRA's gradient.
+    """
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+class PipelineLayer(nn.Module):
+    """One link of a transformer's chain: takes and returns a flat tuple of tensors.
+
+    The only tensor that carries a gradient, the hidden state, comes first (DeepSpeed mixes up gradient
+    buffers otherwise); constants follow, frozen.
+
+    Attributes:
+        origin: attribute name of each submodule -> its dotted name in the original checkpoint.
+        recompute: recompute this layer's activations in backward instead of keeping them.
+    """
+
+    def __init__(self, origin: dict[str, str]) -> None:
+        super().__init__()
+        self.origin = origin
+        self.recompute = False
+
+    def run(self, module: nn.Module, *arguments: Any) -> Tensor:
+        """`module(*arguments)`, its activations recomputed in backward if `recompute` says so."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(module, *arguments, use_reentrant=False)
+        return module(*arguments)
+
+    def original_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters under the names that the original checkpoint gives them."""
+        for attribute, prefix in self.origin.items():
+            for name, parameter in getattr(self, attribute).named_parameters():
+                yield f"{prefix}.{name}", parameter
+
+
+class Float32Linear(nn.Linear):
+    """A linear that computes in fp32 whatever its weight's dtype and the autocast around it.
+
+    Both families compute time embeddings and the output head so.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return F.linear(x.float(), self.weight.float(), bias)
+
+
+class Float32LayerNorm(nn.LayerNorm):
+    """Layer norm in fp32; returns fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            weight = None if self.weight is None else self.weight.float()
+            bias = None if self.bias is None else self.bias.float()
+            return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, keeping the input's dtype.
+
+    Wan normalises q and k over the whole width before the split into heads, HunyuanVideo per head.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.dim = dim
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (self.dim,), self.weight.to(x.dtype), self.eps)
+
+
+def sinusoid(t: Tensor, width: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """(B,) timesteps -> (B, width) [cos, sin], returned in fp32.
+
+    Args:
+        dtype: of the angles. Wan computes them in float64, HunyuanVideo in float32, which at an embedded guidance of
+            6 (6000 here) is another number in the fourth digit.
+    """
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=dtype, device=t.device) / half)
+    angles = torch.outer(t.to(dtype), frequencies)
+    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+
+
+def rope_table(grid: tuple[int, int, int], axes: tuple[int, int, int], theta: float) -> Tensor:
+    """Rotary angles of a (T, h, w) patch grid: fp32 (2, T*h*w, d/2), cosines and sines.
+
+    Args:
+        grid: patches along time, height, width; token order is t, h, w.
+        axes: how many of the head's d channels turn with each axis (even numbers, sum d).
+        theta: base of the frequencies (Wan 10000, HunyuanVideo 256).
+    """
+    angles = []
+    for axis, channels in enumerate(axes):
+        exponent = torch.arange(0, channels, 2, dtype=torch.float64) / channels
+        per_position = torch.outer(torch.arange(grid[axis], dtype=torch.float64), theta**-exponent)
+        shape = [1, 1, 1, channels // 2]
+        shape[axis] = grid[axis]
+        angles.append(per_position.view(shape).expand(*grid, -1))
+    flat = torch.cat(angles, dim=-1).flatten(0, 2)
+    return torch.stack([flat.cos(), flat.sin()]).float()
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate adjacent channel pairs of x (B, N, H, d) by rope (2, N, d/2); keeps x's dtype."""
+    cos, sin = rope[:, None, :, None, :]
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention of (B, N, H, d) tensors -> (B, N, H*d)."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2).flatten(2)

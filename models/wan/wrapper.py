@@ -1,0 +1,71 @@
+"""Wan2.1-I2V as released, behind the interface of every image-to-video model.
+
+Reference for the conditioning: Wan-Video/Wan2.1 `wan/image2video.py`.
+Axes: F pixel frames, H W pixels, T latent frames, h w latent cells, L text tokens, I image tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.base import Geometry, I2VModel
+from models.wan.checkpoint import WanCheckpoint
+from models.wan.encoders import WanImageEncoder
+from models.wan.keys import LORA
+from models.wan.transformer import WanTransformer
+
+
+class WanI2V(I2VModel):
+    """Wan2.1-I2V, conditioned on its first frame."""
+
+    family = "wan"
+    lora_names = LORA
+    lora_targets = r"blocks\.\d+\.(self_attn\.[qkvo]|cross_attn\.[qkvo]|ffn\.[02])"
+    condition_names = ("y", "text", "image")
+    kept_in_fp32 = ("norm", "modulation")
+    large_linears = r"blocks\.\d+\.(self_attn\.[qkvo]|cross_attn\.([qkvo]|k_img|v_img)|ffn\.[02])"
+    geometry = Geometry()
+    checkpoint: WanCheckpoint
+
+    def describe(self) -> dict[str, Any]:
+        config = self.checkpoint.config
+        return {
+            "family": self.family, "variant": f"wan2.1-{config.model_type}", "dim": config.dim,
+            "layers": config.num_layers, "ffn_dim": config.ffn_dim, "in_dim": config.in_dim,
+        }
+
+    @property
+    def image_encoder(self) -> WanImageEncoder:
+        return self.encoder("image", self.checkpoint.load_image_encoder)
+
+    def encode_prompt(self, prompt: str, reference: Tensor) -> dict[str, Tensor]:
+        """`text` (text_len, text_dim): the prompt's features, zero-padded and not masked, as the original does."""
+        features = self.text_encoder.encode(prompt).cpu()
+        return {"text": F.pad(features, (0, 0, 0, self.checkpoint.config.text_len - len(features)))}
+
+    def encode_condition(
+        self, video: Tensor, mask: Tensor, reference: Tensor, prompt: str
+    ) -> dict[str, Tensor]:
+        """`y` (20, T, h, w): 4 mask channels, then 16 condition latents; `image` (I, image_dim); `text`."""
+        known, channels = self.known_region(video, mask)
+        return {
+            "y": torch.cat([channels, self.encode_video(known)]),
+            "image": self.image_encoder.encode(reference).cpu(),
+            **self.encode_prompt(prompt, reference),
+        }
+
+    def known_region(self, video: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        _, frames, height, width = self.geometry.latent_shape(*video.shape[1:])
+        known = torch.zeros_like(video)
+        known[:, 0] = video[:, 0]
+        channels = torch.zeros(4, frames, height, width)
+        channels[:, 0] = 1
+        return known, channels
+
+    def build_transformer(self) -> nn.Module:
+        with torch.device("meta"):
+            return WanTransformer(self.checkpoint.config).requires_grad_(False).eval()

@@ -1,0 +1,75 @@
+"""Training clips: random scenes as tensors, with the grey regions and first-frame conditions that the VAE will meet."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loraedit_ext.evaluation.rendering import render
+from loraedit_ext.evaluation.scenes import Scene, random_scene
+from loraedit_ext.evaluation.textures import Array
+
+FRAMES = 13
+SIZE = 64
+HELD_OUT = 10_000_000  # scene seeds below this are never trained on: benchmarks and validation draw from there
+_SEEDS = 2**40
+
+
+def training_seed(rng: np.random.Generator) -> int:
+    """A scene seed that no held-out list contains."""
+    return int(rng.integers(HELD_OUT, _SEEDS))
+
+
+def scene_video(scene: Scene, frames: int = FRAMES, size: int = SIZE) -> Tensor:
+    """A rendered scene as (3, frames, size, size) in [-1, 1]."""
+    return to_tensor(render(scene, frames, (size, size)).video)
+
+
+def held_out_videos(count: int, first: int = 0) -> Tensor:
+    """Validation clips (count, 3, FRAMES, SIZE, SIZE) of scene seeds first, first + 1, ..."""
+    return torch.stack([scene_video(random_scene(first + index)) for index in range(count)])
+
+
+def to_tensor(video: Array) -> Tensor:
+    """(frames, height, width, 3) in [0, 1] to (3, frames, height, width) in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(video, -1, 0))) * 2 - 1
+
+
+def first_frame_condition(video: Tensor) -> Tensor:
+    """Wan's I2V condition video: frame 0, then mid-grey; (..., 3, frames, height, width) in [-1, 1]."""
+    condition = torch.zeros_like(video)
+    condition[..., :1, :, :] = video[..., :1, :, :]
+    return condition
+
+
+def vae_batch(seed: int, step: int, batch: int, frames: int, side: int) -> Tensor:
+    """The VAE's training batch of a step: (batch, 3, frames, side, side), determined by seed and step alone."""
+    rng = np.random.default_rng([seed, step])
+    return torch.stack([_vae_clip(rng, frames, side) for _ in range(batch)])
+
+
+def _vae_clip(rng: np.random.Generator, frames: int, side: int) -> Tensor:
+    """A crop in time and space; an eighth is a first-frame condition, a quarter has the target's box greyed."""
+    scene = random_scene(training_seed(rng))
+    rendered = render(scene, FRAMES, (SIZE, SIZE))
+    video = to_tensor(rendered.video)
+    draw = rng.random()
+    if draw < 0.25:
+        boxes = _boxes(rendered.visible[scene.target], padding=int(rng.integers(1, 6)))
+        video = video * (1 - torch.from_numpy(boxes))
+    start = int(rng.integers(0, FRAMES - frames + 1))
+    top, left = rng.integers(0, SIZE - side + 1, 2)
+    video = video[:, start : start + frames, top : top + side, left : left + side]
+    return (first_frame_condition(video) if draw > 0.875 else video).contiguous()
+
+
+def _boxes(alpha: Array, padding: int) -> Array:
+    """Per frame, 1 inside the padded bounding box of an object's (frames, height, width) coverage, else 0."""
+    boxes = np.zeros_like(alpha)
+    for frame, mask in zip(boxes[1:], alpha[1:] > 0, strict=True):
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        if len(rows):
+            top, left = max(rows[0] - padding, 0), max(columns[0] - padding, 0)
+            frame[top : rows[-1] + padding + 1, left : columns[-1] + padding + 1] = 1
+    return boxes

@@ -1,0 +1,151 @@
+"""Measures a checkpoint on held-out scenes and draws contact sheets: `python -m pretraining.evaluate CKPT --out DIR`.
+
+Everything goes through the project's ordinary loader, so it is the files that are measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common.files import write_json_atomic
+from loraedit_ext import flow
+from loraedit_ext.evaluation.captions import caption
+from loraedit_ext.evaluation.scenes import Scene, random_scene
+from models.base import TIMESTEPS
+from models.wan.checkpoint import WanCheckpoint
+from models.wan.encoders import WanImageEncoder, WanTextEncoder, WanVAE
+from models.wan.transformer import WanTransformer
+from pretraining import clips, loop
+from pretraining.transformer import SHIFT, conditioning
+from pretraining.vae import psnr
+
+
+class TinyModel:
+    """The loaded parts, and image-to-video sampling with them."""
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        checkpoint = WanCheckpoint.open(folder)
+        self.device = device
+        self.vae: WanVAE = checkpoint.load_vae(device)
+        self.text: WanTextEncoder = checkpoint.load_text_encoder()
+        self.image: WanImageEncoder = checkpoint.load_image_encoder()
+        self.transformer = WanTransformer(checkpoint.config)
+        tensors = checkpoint.transformer_tensors()
+        self.transformer.load_state_dict({name: tensors[name].float() for name in tensors})
+        self.transformer.to(device).eval().requires_grad_(False)
+
+    def context(self, video: Tensor, prompt: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Conditioning (1, 20, T, h, w), text and image features of a clip's first frame."""
+        condition = self.vae.encode(clips.first_frame_condition(video)[None])
+        text = self.text.encode(prompt)[None]
+        return conditioning(condition), text.to(self.device), self.image.encode(video[:, 0])[None].to(self.device)
+
+    def predict(self, x: Tensor, t: Tensor, context: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Velocity of latents x (1, 16, T, h, w) at noise level t (scalar or (1,))."""
+        return self.transformer(x, t.reshape(1).to(x) * TIMESTEPS, *context)
+
+    @torch.no_grad()
+    def animate(
+        self, video: Tensor, prompt: str, seed: int, steps: int = 25, shift: float = 3.0, guidance: float = 1.0
+    ) -> Tensor:
+        """A video (3, F, H, W) in [-1, 1] from the first frame of `video` and a prompt."""
+        context, silent = self.context(video, prompt), self.context(video, "")
+        noise = torch.randn(context[0][:, :16].shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            guided = self.predict(x, t, context)
+            if guidance == 1.0:
+                return guided
+            free = self.predict(x, t, silent)
+            return free + guidance * (guided - free)
+
+        latents = flow.sample(predict, noise, flow.inference_sigmas(steps, shift, "euler"), "euler")
+        return self.vae.decode(latents)[0].cpu()
+
+
+def held_out(count: int, first: int = 0) -> list[tuple[Scene, Tensor]]:
+    """Scenes that no training run sees, with their videos."""
+    scenes = [random_scene(first + index) for index in range(count)]
+    return [(scene, clips.scene_video(scene)) for scene in scenes]
+
+
+@torch.no_grad()
+def reconstruction(model: TinyModel, count: int) -> dict[str, float]:
+    """Mean PSNR in dB of encoding and decoding held-out clips, first-frame conditions and single images."""
+    scores: dict[str, list[float]] = {"video": [], "condition": [], "image": []}
+    for _, video in held_out(count):
+        targets = {"video": video, "condition": clips.first_frame_condition(video), "image": video[:, :1]}
+        for name, target in targets.items():
+            output = model.vae.decode(model.vae.encode(target[None]))[0].cpu()
+            scores[name].append(psnr(output, target))
+    return {f"vae_{name}_psnr": round(float(np.mean(values)), 2) for name, values in scores.items()}
+
+
+@torch.no_grad()
+def validation_loss(model: TinyModel, count: int) -> float:
+    """Flow-matching loss on held-out clips, noise levels evenly spread over the training distribution's range."""
+    levels = flow.apply_shift(torch.linspace(0.02, 0.98, count), SHIFT)
+    noise = torch.Generator().manual_seed(5)
+    total = 0.0
+    for (scene, video), t in zip(held_out(count), levels, strict=True):
+        x = model.vae.encode(video[None])
+        eps = torch.randn(x.shape, generator=noise).to(x)
+        predicted = model.predict(flow.add_noise(x, eps, t.reshape(1).to(x)), t, model.context(video, caption(scene)))
+        total += flow.loss(predicted, flow.velocity(x, eps)).item()
+    return round(total / count, 4)
+
+
+def sheet(rows: list[list[Tensor]], path: Path, every: int = 3, zoom: int = 2) -> None:
+    """A PNG of videos (3, F, H, W): one row a scene, its videos side by side, every `every`-th frame of each."""
+    lines = []
+    for videos in rows:
+        frames = [video[:, ::every].transpose(0, 1) for video in videos]
+        gap = torch.ones(3, frames[0].shape[2], 4)
+        parts = [torch.cat([*pictures, gap], dim=2) for pictures in frames]
+        lines.append(torch.cat(parts, dim=2))
+    pixels = (torch.cat(lines, dim=1).permute(1, 2, 0).clamp(-1, 1) * 127.5 + 127.5).byte().numpy()
+    picture = Image.fromarray(pixels)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(path)
+
+
+@torch.no_grad()
+def draw(model: TinyModel, out: Path, count: int, guidance: float) -> None:
+    """Contact sheets: clip and reconstruction; clip and two samples from its first frame."""
+    scenes = held_out(count, first=100)
+    restored = [[video, model.vae.decode(model.vae.encode(video[None]))[0].cpu()] for _, video in scenes]
+    sheet(restored, out / "reconstructions.png")
+    samples = [
+        [video, *(model.animate(video, caption(scene), seed, guidance=guidance) for seed in (0, 1))]
+        for scene, video in scenes
+    ]
+    sheet(samples, out / "samples.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="folder of metrics.json and the sheets")
+    parser.add_argument("--clips", type=int, default=64, help="held-out clips to measure on")
+    parser.add_argument("--rows", type=int, default=10, help="scenes on the sheets")
+    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    loop.one_thread(options.device)
+    model = TinyModel(options.checkpoint, options.device)
+    draw(model, options.out, options.rows, options.guidance)
+    metrics = {"clips": options.clips, **reconstruction(model, options.clips)}
+    metrics["transformer_validation_loss"] = validation_loss(model, options.clips)
+    write_json_atomic(options.out / "metrics.json", metrics)
+    print(json.dumps(metrics))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Fills a folder with encoded training clips: `python -m pretraining.latents --vae vae.pt --out DIR --shards N`.
+
+Run again to go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from common.files import write_atomic
+from loraedit_ext.evaluation.captions import caption
+from loraedit_ext.evaluation.rendering import render
+from loraedit_ext.evaluation.scenes import Scene, another_future, random_scene
+from pretraining import clips, wholeclip
+from pretraining.conditioning import Conditioner
+
+SHARD = 64
+FUTURES = 4  # clips that share a first frame: their condition is encoded once, and no first frame gives its clip away
+_STILL_CAPTIONS = 0.3  # share of captions that say nothing about motion, as a caption of the first frame alone
+
+
+@dataclass
+class LatentPool:
+    """Encoded clips. Floating-point tensors, first axis the clips.
+
+    Attributes:
+        video, condition: (clips, 16, T, h, w), normalised latents of the clip and of its first-frame condition.
+        text: (clips, TEXT_LEN, text width), zero-padded.
+        image: (clips, tokens, image width).
+    """
+
+    video: Tensor
+    condition: Tensor
+    text: Tensor
+    image: Tensor
+
+    def __len__(self) -> int:
+        return len(self.video)
+
+    def take(self, indices: Tensor) -> LatentPool:
+        return LatentPool(*(part[indices].float() for part in (self.video, self.condition, self.text, self.image)))
+
+    def joined(self, others: list[LatentPool]) -> LatentPool:
+        names = ("video", "condition", "text", "image")
+        return LatentPool(*(torch.cat([getattr(self, n), *(getattr(o, n) for o in others)]) for n in names))
+
+
+def encode_scenes(
+    vae: AutoencoderKLWan, conditioner: Conditioner, scenes: list[tuple[Scene, str]], futures: int = 1
+) -> LatentPool:
+    """Encode scenes with their captions, in half precision; each run of `futures` scenes shares its first frame."""
+    parts: dict[str, list[Tensor]] = {"video": [], "condition": [], "text": [], "image": []}
+    for start in range(0, len(scenes), futures):
+        group = scenes[start : start + futures]
+        video = torch.stack([clips.to_tensor(render(scene, clips.FRAMES).video) for scene, _ in group])
+        first, count = video[:1], len(group)
+        parts["video"].append(encode_normalised(vae, video))
+        condition = encode_normalised(vae, clips.first_frame_condition(first))
+        parts["condition"].append(condition.expand(count, -1, -1, -1, -1))
+        parts["text"].append(torch.stack([conditioner.text(words) for _, words in group]))
+        parts["image"].append(conditioner.image(first[:, :, 0]).expand(count, -1, -1))
+    return LatentPool(**{name: torch.cat(values).half().cpu().contiguous() for name, values in parts.items()})
+
+
+@torch.no_grad()
+def encode_normalised(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
+    """Mode of the posterior, normalised by the statistics of the VAE's config; float32."""
+    with torch.autocast(vae.device.type, dtype=torch.bfloat16):
+        mean, _ = wholeclip.encode_moments(vae, video.to(vae.device))
+    shift, scale = statistics(vae)
+    return (mean.float() - shift) / scale
+
+
+@torch.no_grad()
+def decode_normalised(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """Video in [-1, 1] of normalised latents."""
+    shift, scale = statistics(vae)
+    with torch.autocast(vae.device.type, dtype=torch.bfloat16):
+        return wholeclip.decode(vae, latents.to(vae.device) * scale + shift).float().clamp(-1, 1)
+
+
+def statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
+    """Per-channel mean and standard deviation that the config names, as (1, z_dim, 1, 1, 1)."""
+    names = ("latents_mean", "latents_std")
+    shift, scale = (torch.tensor(vae.config[name], device=vae.device).view(1, -1, 1, 1, 1) for name in names)
+    return shift, scale
+
+
+def training_scenes(shard: int, count: int = SHARD, seed: int = 0) -> list[tuple[Scene, str]]:
+    """Scenes and captions of a shard, determined by seed and shard number."""
+    rng = np.random.default_rng([seed, shard, 0x1A7])
+    drawn: list[Scene] = []
+    while len(drawn) < count:
+        scene = random_scene(clips.training_seed(rng))
+        drawn += [scene, *(another_future(scene, clips.training_seed(rng)) for _ in range(FUTURES - 1))]
+    return [(scene, caption(scene, motion=bool(rng.random() > _STILL_CAPTIONS))) for scene in drawn]
+
+
+def held_out_scenes(count: int, first: int = 0) -> list[tuple[Scene, str]]:
+    """Validation scenes with full captions."""
+    scenes = [random_scene(first + index) for index in range(count)]
+    return [(scene, caption(scene)) for scene in scenes]
+
+
+def fill(
+    out: Path, encode: Callable[[list[tuple[Scene, str]]], LatentPool], shards: Iterable[int], minutes: float | None
+) -> None:
+    """Write the shards that are missing."""
+    started = time.monotonic()
+    for shard in shards:
+        path = out / f"{shard:05d}.safetensors"
+        if path.exists():
+            continue
+        if minutes and time.monotonic() - started > 60 * minutes:
+            break
+        tensors = vars(encode(training_scenes(shard)))
+        write_atomic(path, partial(save_file, tensors))
+        if shard % 10 == 9:
+            print(f"{(shard + 1) * SHARD} clips  {(time.monotonic() - started) / 60:.1f} min", flush=True)
+
+
+def load_shards(folder: Path, known: set[str]) -> list[LatentPool]:
+    """Shards of a folder that are not in `known` yet; adds their names to it."""
+    fresh = [path for path in sorted(folder.glob("*.safetensors")) if path.name not in known]
+    known.update(path.name for path in fresh)
+    return [LatentPool(**load_file(path)) for path in fresh]
+
+
+def main() -> None:
+    from pretraining.vae import load_vae
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vae", type=Path, required=True, help="VAE weights from pretraining.freeze")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    parser.add_argument("--shards", type=int, default=300, help=f"how many, of {SHARD} clips each")
+    parser.add_argument("--first", type=int, default=0, help="number of the first, for several processes side by side")
+    parser.add_argument("--minutes", type=float, help="stop after this long; run again to go on")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+    vae, conditioner = load_vae(options.vae, options.device), Conditioner()
+    shards = range(options.first, options.first + options.shards)
+    fill(options.out, lambda scenes: encode_scenes(vae, conditioner, scenes, FUTURES), shards, options.minutes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The resumable training loop: step, report, save, stop in time."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.files import write_atomic
+from pretraining.muon import Muon, split_parameters
+from pretraining.report import Reporter
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every run needs to know.
+
+    Attributes:
+        out: folder of `state.pt` (all that a resumed run needs), the weights and `log.jsonl`.
+        steps: length of the whole schedule; resuming with another number re-plans what is left.
+        minutes: stop, with the state saved, after this long; None: run to the end.
+        lr: peak learning rate of both optimizers.
+        seed: of weights, data and noise.
+        device: where to compute.
+        save_seconds: how often the state is written.
+        compile: use torch.compile, which saves a third of a step on a CPU; needs a C++ compiler and two minutes.
+    """
+
+    out: Path
+    steps: int = 4000
+    minutes: float | None = None
+    lr: float = 2e-3
+    seed: int = 0
+    device: str = "cpu"
+    compile: bool = False
+    save_seconds: float = 60.0
+
+
+class Training(ABC):
+    """A model with its optimizers and step counter; all else of a step follows from the seed and the step's number."""
+
+    evaluate_every = 250
+
+    def __init__(self, options: Options, model: nn.Module, decay: float = 0.0) -> None:
+        self.options = options
+        self.model = model.to(options.device)
+        matrices, rest = split_parameters(self.model)
+        self.trainable = matrices + rest
+        self.optimizers: list[torch.optim.Optimizer] = [
+            Muon(matrices, options.lr, decay=decay),
+            torch.optim.AdamW(rest, options.lr, betas=(0.9, 0.98), weight_decay=decay),
+        ]
+        self.step = 0
+
+    @abstractmethod
+    def loss(self) -> tuple[torch.Tensor, dict[str, float]]:
+        """The loss of step `self.step`, and metrics to report."""
+
+    @abstractmethod
+    def evaluate(self, final: bool) -> dict[str, float]:
+        """Metrics on held-out scenes."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, dict[str, Any]]:
+        """File name -> state dict of what is of use outside training."""
+
+    def after_step(self) -> None:
+        """Called after every optimizer step."""
+        return
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step = state["step"]
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step; returns its metrics."""
+        lr = self.options.lr * schedule(self.step, self.options.steps)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        loss, metrics = self.loss()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trainable, 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.after_step()
+        self.step += 1
+        return {**metrics, "lr": lr}
+
+    def generator(self) -> torch.Generator:
+        """Noise of the present step."""
+        return torch.Generator().manual_seed(self.options.seed * 1_000_003 + self.step)
+
+
+def schedule(step: int, steps: int) -> float:
+    """Warm-up over 50 steps, constant, cosine decay to 2 % over the last 45 % of the run."""
+    warm = min(1.0, (step + 1) / 50)
+    tail = max(0.0, (step / steps - 0.55) / 0.45)
+    return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(tail, 1.0))))
+
+
+def resume(training: Training) -> None:
+    """Take up `state.pt` of the output folder, if there is one."""
+    path = training.options.out / "state.pt"
+    if path.exists():
+        training.load_state(torch.load(path, weights_only=True, map_location=training.options.device))
+
+
+def save(training: Training) -> None:
+    """Write the state and the weights, each atomically."""
+    out = training.options.out
+    write_atomic(out / "state.pt", lambda path: torch.save(training.state(), path))
+    for name, weights in training.weights().items():
+        write_atomic(out / name, lambda path, content=weights: torch.save(content, path))
+
+
+def run(training: Training) -> None:
+    """Train to `options.steps` or until the time is up; the state is saved either way."""
+    options = training.options
+    options.out.mkdir(parents=True, exist_ok=True)
+    resume(training)
+    reporter = Reporter(options.out / "log.jsonl", training.step, options.steps)
+    started = saved = time.monotonic()
+    while training.step < options.steps:
+        reporter.step(training.step + 1, training.train_step())
+        now = time.monotonic()
+        if training.step % training.evaluate_every == 0:
+            reporter.note(training.step, training.evaluate(final=False))
+        if now - saved > options.save_seconds:
+            save(training)
+            saved = now
+        if options.minutes and now - started > 60 * options.minutes:
+            break
+    save(training)
+    reporter.note(training.step, training.evaluate(final=True))
+
+
+def parser(description: str | None, defaults: Options) -> argparse.ArgumentParser:
+    """Command line of a training run; `Options` fields by name."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--out", type=Path, required=True, help="folder of the state, the weights and the log")
+    made.add_argument("--steps", type=int, default=defaults.steps, help="length of the whole schedule")
+    made.add_argument("--minutes", type=float, help="stop after this long; run again to go on")
+    made.add_argument("--lr", type=float, default=defaults.lr)
+    made.add_argument("--seed", type=int, default=defaults.seed)
+    made.add_argument("--compile", action="store_true", help="use torch.compile")
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return made
+
+
+def one_thread(device: str) -> None:
+    """On a CPU, one thread: on a shared machine two were 5 to 16 times slower."""
+    if device == "cpu":
+        torch.set_num_threads(1)

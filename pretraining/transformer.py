@@ -1,0 +1,200 @@
+"""Trains the tiny transformer: `python -m pretraining.transformer --latents DIR --out DIR [--steps N] [--minutes M]`.
+
+Plain first-frame image-to-video by flow matching, as the released models were trained: the mask is 1 on frame 0 only.
+Run again to resume; shards that appear in the latents' folder meanwhile are taken up.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from common.errors import UserError
+from loraedit_ext import flow
+from models.base import TIMESTEPS
+from models.layers import sinusoid
+from models.wan.config import WanConfig
+from models.wan.transformer import EmbedLayer, WanTransformer
+from pretraining import encoders, loop
+from pretraining.conditioning import Conditioner
+from pretraining.latents import LatentPool, load_shards
+
+SHIFT = 2.0
+TEXT_DROPOUT = 0.15
+EMA = 0.999
+_LOOK_EVERY = 100  # steps between two looks for new shards
+
+
+def tiny_config() -> WanConfig:
+    """About 4 M parameters, 6 heads of 32."""
+    return WanConfig(
+        dim=192, ffn_dim=576, num_heads=6, num_layers=6,
+        text_dim=encoders.TEXT_DIM, text_len=encoders.TEXT_LEN, image_dim=encoders.IMAGE_DIM,
+    )
+
+
+def build(config: WanConfig, seed: int = 0) -> WanTransformer:
+    """Fresh weights: linears with variance 1 / inputs, modulation and the head's output near zero."""
+    torch.manual_seed(seed)
+    model = WanTransformer(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.zeros_(parameter)
+        elif parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    for parameter in (model.head.head.weight, model.head.modulation, *(block.modulation for block in model.blocks)):
+        torch.nn.init.zeros_(parameter)
+    torch.nn.init.normal_(model.time_projection[1].weight, std=0.02)
+    for block in model.blocks:  # gates start open: a tiny model has no depth to lose by it
+        with torch.no_grad():
+            block.modulation[:, [2, 5]] = 0.5
+    return model
+
+
+def velocity(
+    model: WanTransformer, noisy: Tensor, timestep: Tensor, y: Tensor, text: Tensor, image: Tensor,
+    compute: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """The model's output with gradients for every parameter.
+
+    `WanTransformer.forward` detaches the embeddings on their way through the pipeline: a LoRA needs no gradient there,
+    pretraining does. Shapes as there; `compute` is `_velocity`, compiled or not.
+    """
+    grid = tuple(size // step for size, step in zip(noisy.shape[2:], model.config.patch_size, strict=True))
+    rope = EmbedLayer(model).rope(grid).to(noisy.device)
+    return (compute or _velocity)(model, noisy, sinusoid(timestep, model.config.freq_dim), y, text, image, rope)
+
+
+def _velocity(
+    model: WanTransformer, noisy: Tensor, sine: Tensor, y: Tensor, text: Tensor, image: Tensor, rope: Tensor
+) -> Tensor:
+    """What torch.compile gets to see: everything with weights in it."""
+    patches = model.patch_embedding(torch.cat([noisy, y], dim=1))
+    frames, height, width = patches.shape[2:]
+    time = model.time_embedding(sine)
+    modulation = model.time_projection(time).unflatten(1, (6, -1))
+    words, picture = model.text_embedding(text), model.img_emb(image)
+    hidden = patches.flatten(2).transpose(1, 2).float()
+    for block in model.blocks:
+        hidden = block(hidden, modulation, words, picture, rope)
+    pt, ph, pw = model.config.patch_size
+    return rearrange(
+        model.head(hidden, time), "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)",
+        t=frames, h=height, w=width, pt=pt, ph=ph, pw=pw,
+    )
+
+
+def conditioning(condition: Tensor) -> Tensor:
+    """(batch, 20, T, h, w): Wan's first-frame mask, 1 on latent frame 0, and the condition latents."""
+    mask = torch.zeros_like(condition[:, :4])
+    mask[:, :, 0] = 1
+    return torch.cat([mask, condition], dim=1)
+
+
+@dataclass(frozen=True)
+class Options(loop.Options):
+    """A transformer run.
+
+    Attributes:
+        latents: folder of shards that `pretraining.latents` fills.
+        batch: clips a step.
+    """
+
+    latents: Path = Path()
+    batch: int = 16
+
+
+class TransformerTraining(loop.Training):
+    """Flow matching on the latent pool, with an exponential moving average of the weights."""
+
+    evaluate_every = 500
+
+    def __init__(self, options: Options) -> None:
+        self.latents, self.batch = options.latents, options.batch
+        self.compute = torch.compile(_velocity) if options.compile else _velocity
+        model = build(tiny_config(), options.seed)
+        self.known: set[str] = set()
+        self.average = copy.deepcopy(model).requires_grad_(False).to(options.device)
+        self.silence = Conditioner().text("")
+        self.validation, self.pool = self._first_shards()
+        super().__init__(options, model, decay=0.01)
+
+    def _first_shards(self) -> tuple[LatentPool, LatentPool]:
+        shards = load_shards(self.latents, self.known)
+        if len(shards) < 2:
+            raise UserError(
+                f"{self.latents}: {len(shards)} shards of latents; expected two or more (the first is for validation). "
+                "Run `python -m pretraining.latents` first."
+            )
+        return shards[0], shards[1].joined(shards[2:])
+
+    def weights(self) -> dict[str, dict[str, Any]]:
+        return {"transformer.pt": self.average.state_dict()}
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"average": self.average.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self.average.load_state_dict(state["average"])
+
+    def loss(self) -> tuple[Tensor, dict[str, float]]:
+        if self.step % _LOOK_EVERY == 0 and (fresh := load_shards(self.latents, self.known)):
+            self.pool = self.pool.joined(fresh)
+        noise = self.generator()
+        clips = self.pool.take(torch.randint(len(self.pool), (self.batch,), generator=noise))
+        t = flow.apply_shift(torch.sigmoid(torch.randn(self.batch, generator=noise)), SHIFT)
+        silent = torch.rand(self.batch, generator=noise) < TEXT_DROPOUT
+        clips.text[silent] = self.silence
+        value = self._error(self.model, clips, t, torch.randn(clips.video.shape, generator=noise), self.compute)
+        return value, {"loss": value.item(), "clips": len(self.pool)}
+
+    def _error(
+        self, model: WanTransformer, clips: LatentPool, t: Tensor, noise: Tensor, compute: Callable[..., Tensor]
+    ) -> Tensor:
+        device = self.options.device
+        x, eps, t = clips.video.to(device), noise.to(device), t.to(device)
+        y = conditioning(clips.condition.to(device))
+        # Torch's flash attention is the slowest on a CPU: its backward alone took half a step at 64 tokens.
+        backends = [SDPBackend.MATH] if x.device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+        with torch.autocast(x.device.type, dtype=torch.bfloat16), sdpa_kernel(backends):
+            predicted = velocity(
+                model, flow.add_noise(x, eps, t), t * TIMESTEPS, y, clips.text.to(device), clips.image.to(device),
+                compute,
+            )
+        return flow.loss(predicted, flow.velocity(x, eps))
+
+    def after_step(self) -> None:
+        keep = min(EMA, 1 - 1 / (self.step / 4 + 1))  # follow closely at first
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - keep)
+
+    @torch.no_grad()
+    def evaluate(self, final: bool) -> dict[str, float]:
+        """Loss of the averaged weights on clips that are never trained on, at fixed noise levels and noise."""
+        generator = torch.Generator().manual_seed(5)
+        clips = self.validation.take(torch.arange(len(self.validation)))
+        t = flow.apply_shift(torch.linspace(0.02, 0.98, len(clips)), SHIFT)
+        noise = torch.randn(clips.video.shape, generator=generator)
+        return {"validation": round(self._error(self.average, clips, t, noise, _velocity).item(), 4)}
+
+
+def main() -> None:
+    parser = loop.parser(__doc__, loop.Options(Path(), steps=12000, lr=2e-3))
+    parser.add_argument("--latents", type=Path, required=True, help="folder of encoded clips")
+    parser.add_argument("--batch", type=int, default=Options.batch)
+    options = Options(**vars(parser.parse_args()))
+    loop.one_thread(options.device)
+    loop.run(TransformerTraining(options))
+
+
+if __name__ == "__main__":
+    main()

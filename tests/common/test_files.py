@@ -1,0 +1,83 @@
+"""Nothing half-written ever carries its final name."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from common.errors import ErrorCollector, UserError, UserErrors
+from common.files import atomic_path, hash_json, write_atomic, write_json_atomic, write_text_atomic
+
+
+def test_a_failing_write_leaves_the_old_file_and_no_debris(tmp_path):
+    target = tmp_path / "lora.safetensors"
+    target.write_text("old")
+
+    def write_half(partial: Path) -> None:
+        partial.write_text("half")
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        write_atomic(target, write_half)
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_the_final_name_appears_only_when_the_content_is_whole(tmp_path):
+    target = tmp_path / "state.json"
+    with atomic_path(target) as partial:
+        partial.write_text("half")
+        assert not target.exists()
+        partial.write_text("whole")
+    assert target.read_text() == "whole"
+
+
+def test_a_full_disk_is_one_message_with_the_file(tmp_path):
+    target = tmp_path / "x.bin"
+
+    def fill(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match=r"x\.bin: could not be written \(No space left on device\)"):
+        write_atomic(target, fill)
+    assert not target.exists()
+
+
+def test_a_real_full_device_is_reported(tmp_path):
+    """/dev/full answers every write with ENOSPC; a file linked to it is the smallest full disk there is."""
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+
+    def write_to_full_device(partial: Path) -> None:
+        partial.symlink_to("/dev/full")
+        partial.write_text("data")
+
+    with pytest.raises(UserError, match="No space left"):
+        write_atomic(tmp_path / "y", write_to_full_device)
+
+
+def test_json_and_text_round_trip(tmp_path):
+    write_json_atomic(tmp_path / "a" / "b.json", {"b": 1, "a": [2]})
+    assert (tmp_path / "a" / "b.json").read_text().startswith('{\n  "a"')
+    write_text_atomic(tmp_path / "t", "")
+    assert (tmp_path / "t").read_text() == ""
+
+
+def test_json_hash_ignores_key_order_and_nothing_else():
+    assert hash_json({"a": 1, "b": 2}) == hash_json({"b": 2, "a": 1})
+    assert hash_json({"a": 1}) != hash_json({"a": 2})
+
+
+def test_collected_errors_come_as_one_or_as_a_list():
+    errors = ErrorCollector()
+    errors.raise_if_any()
+    with errors.catch():
+        raise UserError("first")
+    with pytest.raises(UserError, match=r"^first$"):
+        errors.raise_if_any()
+    with errors.catch():
+        raise UserErrors(["second", "third"])
+    with pytest.raises(UserErrors, match="3 problems found"):
+        errors.raise_if_any()

@@ -1,0 +1,338 @@
+"""The edit job: what is used and why, and every mistake of a person told at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from media_makers import box_masks, cut_short, encode, picture_frames, write_folder, write_picture
+
+from common.errors import UserError, UserErrors
+from dataset.job import EditJob, load_job, split_clips
+from dataset.resize import Grid
+from dataset.schema import EditedFrameSettings, JobSettings
+from dataset.video_writer import write_lossless
+
+GRID = Grid()
+FRAMES = picture_frames(17)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A sound job: 17 lossless frames of 64x48 with masks, frames 0 and 8 edited."""
+    write_lossless(tmp_path / "source.mkv", FRAMES, 8)
+    write_folder(tmp_path / "masks", box_masks(17))
+    write_picture(tmp_path / "edit0.png", FRAMES[0] ^ 255)
+    write_picture(tmp_path / "edit8.png", FRAMES[8] ^ 255)
+    return tmp_path
+
+
+BASE = """
+source = "source.mkv"
+mask = "masks"
+caption = "a street"
+"""
+EDITS = """
+[[edited_frame]]
+image = "edit8.png"
+time = 1.04
+caption = "a blue street"
+[[edited_frame]]
+image = "edit0.png"
+frame = 0
+"""
+
+
+def load(folder: Path, text: str = BASE + EDITS, grid: Grid = GRID, **overrides: object) -> EditJob:
+    path = folder / "street.toml"
+    path.write_text(text)
+    return load_job(path, grid, overrides)
+
+
+def error_of(folder: Path, text: str = BASE + EDITS, **overrides: object) -> str:
+    with pytest.raises(UserError) as error:
+        load(folder, text, **overrides)
+    return str(error.value)
+
+
+def test_a_sound_job(folder):
+    job = load(folder, edited_caption="a red street")
+    assert (job.name, job.caption, job.trigger) == ("street", "a street", "p3rs0n,")
+    assert (job.fps, job.variable_rate, job.size, job.original_size) == (8, False, (64, 48), (64, 48))
+    assert (job.frames == FRAMES).all()
+    assert (job.grey_mask == box_masks(17)).all()
+    assert [edit.index for edit in job.edited_frames] == [0, 8]
+    assert [edit.caption for edit in job.edited_frames] == ["a red street", "a blue street"]
+    assert (job.first_edit.image == FRAMES[0] ^ 255).all()
+    assert job.clips == (range(17),)
+    assert job.audio is None
+    np.testing.assert_allclose(job.times, np.arange(17) / 8)
+    with pytest.raises(ValueError, match="read-only"):
+        job.frames[0] = 0
+
+
+def test_every_choice_is_told(folder):
+    told = "\n".join(load(folder, start=2).choices)
+    for part in (
+        "17 frames of 64x48, constant 8 fps, no audio", "uses 13 frames (2 to 14), the most of the form 4n+1",
+        "4 of 17 unused", "works at 64x48 (the source's own)", "marks 6.2 % of the picture",
+        "1.04 s is frame 6, shown at 1.0000 s", "edited frame 0 is edit0.png, with the source's caption",
+    ):
+        assert part in told
+
+
+def test_defaults_of_the_count(folder):
+    assert len(load(folder, BASE).frames) == 17
+    assert len(load(folder, BASE, max_frames=12).frames) == 9
+    assert len(load(folder, BASE, frames=13).frames) == 13
+    assert len(load(folder, BASE, frames=13, max_frames=5).frames) == 13
+    assert (load(folder, BASE, start=3, frames=5).frames == FRAMES[3:8]).all()
+    assert (load(folder, BASE, start=3, frames=5).times == np.arange(3, 8) / 8).all()
+
+
+def test_a_job_without_edited_frame_0_can_be_trained_on(folder):
+    job = load(folder, BASE)
+    assert job.first_edit is None
+    assert any("not edited" in choice for choice in job.choices)
+
+
+def test_one_still_mask_holds_for_all_frames(folder):
+    write_picture(folder / "still.png", box_masks(1)[0])
+    job = load(folder, mask="still.png")
+    assert (job.grey_mask == box_masks(17)).all()
+
+
+def test_mask_videos_and_grey_values(folder):
+    grey = np.repeat((box_masks(17) // 2)[..., None], 3, axis=3)
+    write_lossless(folder / "mask.mkv", grey, 8)
+    assert (load(folder, mask="mask.mkv").grey_mask == grey[..., 0]).all()
+    assert np.unique(grey).tolist() == [0, 127]
+    encode(folder / "mask.mp4", np.repeat(box_masks(17)[..., None], 3, axis=3))
+    assert ((load(folder, mask="mask.mp4").grey_mask > 127) == (box_masks(17) > 127)).mean() > 0.99
+
+
+def test_masks_follow_the_frame_range(folder):
+    masks = np.zeros((17, 48, 64), np.uint8)
+    masks[np.arange(17), np.arange(17)] = 255
+    shutil.rmtree(folder / "masks")
+    write_folder(folder / "masks", masks)
+    assert (load(folder, BASE, start=4, frames=9).grey_mask == masks[4:13]).all()
+
+
+def test_a_folder_source_has_the_rate_that_it_is_given(folder):
+    write_folder(folder / "frames", FRAMES)
+    assert load(folder, BASE, source="frames").fps == 16
+    job = load(folder, BASE, source="frames", fps=23.976)
+    assert job.fps == Fraction(24000, 1001)
+    assert (job.frames == FRAMES).all()
+    assert "`fps` = 10" in error_of(folder, fps=10)
+
+
+def test_resizing_and_cropping_are_the_same_for_all(folder):
+    job = load(folder, size=[32, 32])
+    assert job.frames.shape == (17, 32, 32, 3)
+    assert job.grey_mask.shape == (17, 32, 32)
+    assert job.crop == (8, 0, 48, 48)
+    assert any("cut to the centre 48x48" in choice for choice in job.choices)
+    difference = job.first_edit.image.astype(int) + job.frames[0]
+    assert np.abs(difference - 255).max() <= 1  # the negative of the resized is the resized negative
+
+
+def test_an_edited_frame_may_have_the_working_size(folder):
+    write_picture(folder / "edit0.png", np.full((32, 32, 3), 7, np.uint8))
+    assert (load(folder, size=[32, 32]).first_edit.image == 7).all()
+
+
+def test_clips_share_their_end_frames():
+    assert split_clips(49, 13) == (range(13), range(12, 25), range(24, 37), range(36, 49))
+    assert split_clips(17, 17) == (range(17),)
+    assert split_clips(21, 9) == (range(9), range(8, 17), range(12, 21))
+    with pytest.raises(ValueError, match="cannot cover"):
+        split_clips(9, 13)
+
+
+@pytest.mark.parametrize("frames", range(5, 60, 4))
+@pytest.mark.parametrize("length", [5, 9, 13])
+def test_clips_cover_every_frame(frames, length):
+    if length <= frames:
+        clips = split_clips(frames, length)
+        assert {len(clip) for clip in clips} == {length}
+        assert set().union(*clips) == set(range(frames))
+        assert all(later.start < earlier.stop for earlier, later in pairwise(clips))
+
+
+def test_audio_span_of_the_used_frames(folder):
+    encode(folder / "source.mp4", FRAMES, rate=8, audio=True)
+    job = load(folder, BASE, source="source.mp4", start=4, frames=9)
+    assert job.audio.start == pytest.approx(0.5)
+    assert job.audio.seconds == pytest.approx(9 / 8)
+
+
+def test_captions_from_files(folder):
+    (folder / "words.txt").write_text("  a street\n at night \n", encoding="utf-8")
+    job = load(folder, 'source = "source.mkv"\nmask = "masks"\ncaption_file = "words.txt"')
+    assert job.caption == "a street at night"
+
+
+# identity
+
+
+def test_identity_is_json_and_free_of_names(folder):
+    first = load(folder)
+    assert json.loads(json.dumps(first.fields()))["size"] == [64, 48]
+    (folder / "source.mkv").rename(folder / "b.mkv")
+    second = load(folder, source="b.mkv", name="other")
+    assert json.dumps(first.identity()) == json.dumps(second.identity())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"start": 1}, {"frames": 13}, {"size": [32, 32]}, {"caption": "x"}, {"trigger": "y,"},
+        {"clip_frames": 9},
+    ],
+)
+def test_identity_follows_fields(folder, overrides):
+    assert load(folder, BASE, **overrides).identity() != load(folder, BASE).identity()
+
+
+def test_identity_follows_bytes_under_the_same_names(folder):
+    before = load(folder).identity()
+    write_picture(folder / "edit8.png", FRAMES[8])
+    edited = load(folder).identity()
+    assert edited["clip"] == before["clip"]
+    assert edited["edited_frames"][0] == before["edited_frames"][0]
+    assert edited["edited_frames"][1] != before["edited_frames"][1]
+    write_picture(folder / "masks" / "00016.png", box_masks(1)[0] ^ 255)
+    masked = load(folder).identity()
+    assert masked["clip"] != edited["clip"]
+    write_lossless(folder / "source.mkv", FRAMES[::-1].copy(), 8)
+    assert load(folder).identity()["clip"]["frames"] != masked["clip"]["frames"]
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('sorce = "source.mkv"\n' + BASE, "unknown key `sorce`; did you mean `source`"),
+        (BASE + EDITS + 'imgae = "x"', "unknown key `edited_frame.1.imgae`; did you mean `image`"),
+        ('mask = "masks"', "missing key `source`"),
+        (BASE + 'frames = "many"', "`frames` = 'many'"),
+        (BASE + "start = -1", "`start` = -1"),
+        (BASE + "size = [64]", "size"),
+        (BASE + 'caption_file = "a.txt"', "exclude each other"),
+        (BASE + '[[edited_frame]]\nimage = "edit0.png"', "exactly one of `frame`"),
+        (BASE + '[[edited_frame]]\nimage = "edit0.png"\nframe = 0\ntime = 0.5', "exactly one of `frame`"),
+        ("source = ", "not valid TOML"),
+    ],
+)
+def test_mistakes_in_the_toml(folder, text, message):
+    told = error_of(folder, text)
+    assert message in told
+    assert "street.toml" in told
+
+
+def test_missing_toml(tmp_path):
+    with pytest.raises(UserError, match=r"gone\.toml: no such file"):
+        load_job(tmp_path / "gone.toml", GRID)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"source": "gone.mp4"}, "gone.mp4: no such file"),
+        ({"mask": "gone"}, "gone: no such file"),
+        ({"mask": "gone.png"}, "gone.png: could not be read"),
+        ({"source": "edit0.png"}, "is one picture"),
+        ({"frames": 21}, "has 17 frames, 17 from `start` = 0 on; expected at least 21; at most 17"),
+        ({"start": 15}, "2 from `start` = 15 on; expected at least 5; too few"),
+        ({"start": 99}, "0 from `start` = 99"),
+        ({"frames": 12}, "`frames` = 12: must be 4n+1 with n >= 1; nearest: 9 or 13"),
+        ({"frames": 1}, "nearest: 5"),
+        ({"max_frames": 4}, "`max_frames` = 4"),
+        ({"clip_frames": 12}, "`clip_frames` = 12: must be 4n+1"),
+        ({"clip_frames": 21}, "`clip_frames` = 21: the clip has 17 frames"),
+        ({"size": [60, 48]}, "multiples of 16; nearest: [48, 48] or [64, 48]"),
+        ({"frames": 5}, "edit8.png is for 1.04 s, but the clip goes from 0.000 to 0.500 s"),
+        ({"caption": None, "caption_file": "gone.txt"}, "gone.txt: could not be read"),
+    ],
+)
+def test_mistakes_about_media(folder, overrides, message):
+    assert message in error_of(folder, **overrides)
+
+
+@pytest.mark.parametrize(("count", "found"), [(16, "has 16 masks"), (18, "has 18 masks"), (1, "has 1 masks")])
+def test_masks_of_another_count(folder, count, found):
+    shutil.rmtree(folder / "masks")
+    write_folder(folder / "masks", box_masks(count))
+    told = error_of(folder)
+    assert found in told
+    assert "expected 17" in told
+
+
+def test_masks_of_another_size_are_never_stretched(folder):
+    shutil.rmtree(folder / "masks")
+    write_folder(folder / "masks", box_masks(17, 128, 96))
+    assert "masks are 128x96, expected 64x48" in error_of(folder)
+    assert "masks are 128x96, expected 64x48" in error_of(folder, mask="masks/00000.png")
+
+
+def test_coloured_masks_are_refused(folder):
+    write_picture(folder / "red.png", np.full((48, 64, 3), (255, 0, 0), np.uint8))
+    assert "mask 0 is coloured" in error_of(folder, mask="red.png")
+
+
+def test_an_edited_frame_of_another_size(folder):
+    write_picture(folder / "edit0.png", np.zeros((50, 64, 3), np.uint8))
+    assert "edit0.png: edited frame is 64x50, expected 64x48 or 32x32" in error_of(folder, size=[32, 32])
+
+
+def test_an_index_outside_the_clip_and_a_double_one(folder):
+    text = BASE + '[[edited_frame]]\nimage = "edit0.png"\nframe = 17\n'
+    assert "edit0.png is for frame 17, but the clip has frames 0 to 16" in error_of(folder, text)
+    text = BASE + EDITS + '[[edited_frame]]\nimage = "edit8.png"\nframe = 0\n'
+    assert "edit8.png and edit0.png both edit frame 0" in error_of(folder, text)
+
+
+@pytest.mark.parametrize("name", ["source", "mask"])
+def test_truncated_video(folder, name):
+    path = encode(folder / f"{name}.mp4", FRAMES)
+    cut_short(path, 0.7).replace(path)
+    assert f"{name}.mp4: truncated" in error_of(folder, **{name: f"{name}.mp4"})
+
+
+def test_unreadable_edited_frame(folder):
+    (folder / "edit0.png").write_bytes(b"no picture")
+    assert "edit0.png: is unreadable or truncated" in error_of(folder)
+    (folder / "edit0.png").unlink()
+    assert "edit0.png: could not be read" in error_of(folder)
+
+
+def test_all_mistakes_come_together(folder):
+    (folder / "edit8.png").unlink()
+    write_picture(folder / "edit0.png", np.zeros((50, 64, 3), np.uint8))
+    write_folder(folder / "few", box_masks(3, 32, 48))
+    with pytest.raises(UserErrors) as error:
+        load(folder, size=[60, 48], clip_frames=6, mask="few")
+    told = error.value.messages
+    assert len(told) == 6
+    for part in ("`size`", "`clip_frames`", "has 3 masks", "masks are 32x48", "edit8.png", "edit0.png"):
+        assert any(part in message for message in told), part
+
+
+def test_a_bad_source_does_not_hide_other_mistakes(folder):
+    (folder / "edit8.png").unlink()
+    told = error_of(folder, source="gone.mp4", mask="also_gone.mp4")
+    assert all(name in told for name in ("gone.mp4", "also_gone.mp4", "edit8.png"))
+
+
+def test_every_setting_is_documented():
+    for kind in (JobSettings, EditedFrameSettings):
+        assert all(field.description for field in kind.model_fields.values())

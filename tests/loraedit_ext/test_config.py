@@ -1,0 +1,84 @@
+"""The run's TOML: closed, typed, all errors together, overrides in TOML's and Python's spelling."""
+
+from __future__ import annotations
+
+import pytest
+
+from common.errors import UserError
+from loraedit_ext.config import load_config, parse_value
+
+
+def test_paths_are_relative_to_the_toml(edit_folder):
+    config = load_config(edit_folder.config)
+    assert config.output_dir == edit_folder.path / "runs"
+    assert config.dataset == edit_folder.path / "job.toml"
+
+
+def test_defaults_are_the_papers(edit_folder):
+    config = load_config(edit_folder.config, ["adapter=None", "optimizer=None", "edit=None"])
+    assert (config.adapter.rank, config.optimizer.lr, config.gradient_clipping) == (16, 1e-4, 1.0)
+    assert (config.edit.steps, config.edit.guidance, config.edit.shift) == (30, 5.0, 5.0)
+
+
+def test_all_errors_come_together_with_file_key_value_and_expectation(edit_folder):
+    overrides = ["optimiser.lr=1", "model.shfit=3", "adapter.rank=0", "pipeline_stages=two", "model.dtype=float8"]
+    with pytest.raises(UserError) as caught:
+        load_config(edit_folder.config, overrides)
+    message = str(caught.value)
+    assert message.startswith("5 problems found")
+    assert message.count(str(edit_folder.config)) == 5
+    assert "unknown key `optimiser`; did you mean `optimizer`?" in message
+    assert "unknown key `model.shfit`; did you mean `shift`?" in message
+    assert "`adapter.rank` = 0: Input should be greater than or equal to 1" in message
+    assert "`pipeline_stages` = 'two'" in message
+    assert "`model.dtype` = 'float8': Input should be 'float32' or 'bfloat16'" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("True", True), ("true", True), ("None", None), ("1e-06", 1e-6), ("5e-4", 5e-4), ("16", 16),
+     ("[0.9, 0.99]", [0.9, 0.99]),
+     ("{ motion = 1 }", {"motion": 1}), ("cosine", "cosine"), ('"16"', "16"), ("runs/a b", "runs/a b")],
+)
+def test_override_values_take_toml_and_python_spellings(text, value):
+    assert parse_value(text) == value
+
+
+def test_overrides_reach_tables_and_list_items(edit_folder):
+    config = load_config(edit_folder.config, ["stage.1.steps=7", "optimizer.weight_decay=0.1", "model.shift=3"])
+    assert config.stage[1].steps == 7
+    assert config.optimizer.arguments == {"weight_decay": 0.1}
+    assert config.model.shift == 3
+
+
+@pytest.mark.parametrize("override", ["optimizer.lr", "stage.5.steps=1", "output_dir.x=1", "=3"])
+def test_a_malformed_override_is_named(edit_folder, override):
+    with pytest.raises(UserError, match="override"):
+        load_config(edit_folder.config, [override])
+
+
+def test_an_api_key_in_the_file_is_refused_without_repeating_it(edit_folder):
+    with pytest.raises(UserError) as caught:
+        load_config(edit_folder.config, ["monitoring.wandb_api_key=s3cret"])
+    assert "wandb login" in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_missing_and_broken_files_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"nothing\.toml: no such file"):
+        load_config(tmp_path / "nothing.toml")
+    (tmp_path / "broken.toml").write_text("output_dir = [")
+    with pytest.raises(UserError, match=r"broken\.toml: not valid TOML"):
+        load_config(tmp_path / "broken.toml")
+
+
+def test_contradictions_are_refused(edit_folder):
+    for overrides, words in (
+        (["model.min_t=0.8", "model.max_t=0.2"], "must be below"),
+        (["stage.1.name=motion"], "names must differ"),
+        (["partition_method=manual"], "partition_split"),
+        (["partition_method=manual", "partition_split=[2]", "pipeline_stages=3"], "need 2"),
+        (["stage.0.mix={ motion = 0 }"], "above 0"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_config(edit_folder.config, overrides)

@@ -1,0 +1,200 @@
+"""Editing: exact preservation, the seam, reproducibility, guidance, LoRA checks, what is written."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from common.errors import UserError
+from dataset.images import read_image
+from dataset.video import read_video
+from loraedit_ext import launch, sampling
+from loraedit_ext.config import load_config
+
+
+@pytest.fixture
+def trained(edit_folder):
+    launch.train(load_config(edit_folder.config))
+    return edit_folder
+
+
+def edit(folder, *overrides, lora=None):
+    return launch.edit(load_config(folder.config, ["edit.output=png", *overrides]), lora, None)
+
+
+def frames_of(out):
+    return np.stack([read_image(path) for path in sorted((out / "edited").glob("*.png"))])
+
+
+def test_preserved_pixels_are_the_sources_and_frame_0_is_the_edit(trained):
+    out = frames_of(edit(trained))
+    source = np.stack([read_image(p) for p in sorted((trained.path / "source").glob("*.png"))])
+    mask = np.stack([read_image(p)[..., 0] for p in sorted((trained.path / "mask").glob("*.png"))])
+    assert (out[0] == read_image(trained.path / "edited_0.png")).all()
+    assert (out[1:][mask[1:] == 0] == source[1:][mask[1:] == 0]).all()
+    assert (out[1:][mask[1:] > 0] != source[1:][mask[1:] > 0]).any()
+
+
+@pytest.mark.parametrize("condition", ["first_frame", "all", "none"])
+def test_whatever_the_model_is_told_compositing_follows_the_jobs_mask(trained, condition):
+    told = frames_of(edit(trained, "edit.composite=false", f"edit.condition={condition}"))
+    assert (told != frames_of(edit(trained, "edit.composite=false"))).any()
+    out = frames_of(edit(trained, f"edit.condition={condition}", "edit.feather=0"))
+    mask = np.stack([read_image(p)[..., 0] for p in sorted((trained.path / "mask").glob("*.png"))])
+    source = np.stack([read_image(p) for p in sorted((trained.path / "source").glob("*.png"))])
+    assert (out[0] == read_image(trained.path / "edited_0.png")).all()
+    assert (out[1:][mask[1:] == 0] == source[1:][mask[1:] == 0]).all()
+    assert (out[1:][mask[1:] > 0] == told[1:][mask[1:] > 0]).all()
+
+
+def test_the_seam_blends_towards_the_source_and_not_towards_the_grey_condition(trained):
+    """It once did the latter: beside a preserved pixel seven eighths must be the source's, with a feather of 8."""
+    out = frames_of(edit(trained, "edit.feather=8")).astype(int)
+    source = np.stack([read_image(p) for p in sorted((trained.path / "source").glob("*.png"))]).astype(int)
+    for index in range(1, 9):
+        rim = (20, slice(8 + 3 * index, 16 + 3 * index))  # the region's top row, away from its corners
+        assert np.abs(out[index][rim] - source[index][rim]).max() <= 255 / 8 + 1
+
+
+def test_without_compositing_nothing_is_pasted(trained):
+    source = np.stack([read_image(p) for p in sorted((trained.path / "source").glob("*.png"))])
+    raw = frames_of(edit(trained, "edit.composite=false"))
+    assert (raw[1:, :8] != source[1:, :8]).mean() > 0.5
+
+
+def test_the_same_seed_gives_the_same_frames_and_another_does_not(trained):
+    first = frames_of(edit(trained, "edit.composite=false"))
+    assert (frames_of(edit(trained, "edit.composite=false")) == first).all()
+    assert (frames_of(edit(trained, "edit.composite=false", "edit.seed=7")) != first).any()
+
+
+def test_guidance_1_skips_the_unconditional_pass_and_changes_the_result(trained):
+    guided = frames_of(edit(trained, "edit.composite=false"))
+    plain = frames_of(edit(trained, "edit.composite=false", "edit.guidance=1"))
+    assert (guided != plain).any()
+
+
+def test_strength_0_is_the_model_without_lora(trained):
+    launch.train(load_config(trained.config, ["optimizer.lr=1e-12"]))
+    untrained = frames_of(edit(trained, "edit.composite=false"))
+    first = trained.runs()[0] / "step6"
+    assert (frames_of(edit(trained, "edit.composite=false", lora=first)) != untrained).any()
+    assert (frames_of(edit(trained, "edit.composite=false", "edit.lora_strength=0", lora=first)) == untrained).all()
+
+
+@pytest.mark.parametrize("sampler", ["euler", "unipc", "dpm++"])
+def test_every_sampler_runs_to_finite_frames(trained, sampler):
+    assert frames_of(edit(trained, f"edit.sampler={sampler}", "edit.steps=3")).shape == (9, 64, 64, 3)
+
+
+def test_mp4_and_comparison_have_the_sources_frames_and_rate(trained):
+    out = launch.edit(load_config(trained.config), None, trained.path / "out")
+    assert out == trained.path / "out"
+    edited, comparison = read_video(out / "edited.mp4"), read_video(out / "comparison.mp4")
+    assert (edited.total, edited.fps, edited.size) == (9, 16, (64, 64))
+    assert comparison.size == (3 * 64 + 2 * 8, 64)
+    record = json.loads((out / "edited.json").read_text())
+    assert record["lora"]["metadata"]["steps"] == 6
+    assert record["config"]["edit"]["seed"] == 42
+    assert record["job"]["hashes"].keys() >= {"source", "mask"}
+
+
+def test_no_lora_is_told_with_the_place_that_was_searched(edit_folder):
+    with pytest.raises(UserError, match=r"runs: no trained LoRA in it.*--lora FILE"):
+        edit(edit_folder)
+
+
+def test_what_does_not_fit_the_job_is_told(trained, capsys):
+    trained.job.write_text('trigger = "sks"\nframes = 5\n' + trained.job.read_text().replace("frame = 6", "frame = 3"))
+    edit(trained)
+    out = capsys.readouterr().out
+    assert "trigger: LoRA `p3rs0n,`, job `sks`" in out
+    assert "frames: LoRA 9, job 5" in out
+
+
+def test_a_lora_of_another_model_ends_before_any_weight_is_read(trained, tmp_path):
+    import dataclasses
+
+    from models.wan.config import WanConfig
+    from models.wan.random_weights import tiny_config, write_random_checkpoint
+
+    other: WanConfig = dataclasses.replace(tiny_config(), num_layers=2)
+    write_random_checkpoint(tmp_path / "other", other)
+    with pytest.raises(UserError, match=r"another model.*layers: LoRA 4, checkpoint 2"):
+        edit(trained, f"model.ckpt_path={tmp_path / 'other'}")
+
+
+def test_the_seam_rises_inside_the_region_only():
+    preserve = np.ones((1, 40, 40), bool)
+    preserve[0, 10:30, 10:30] = False
+    kept, generated = np.full((1, 40, 40, 3), 50, np.uint8), np.full((1, 40, 40, 3), 250, np.uint8)
+    out = sampling.composite(kept, generated, preserve, feather=5)[0, 20, :, 0].astype(int)
+    assert (out[:10] == 50).all()
+    assert (out[30:] == 50).all()
+    assert (out[15:25] == 250).all()
+    assert (np.diff(out[9:15]) > 0).all()
+
+
+def test_feather_0_is_a_hard_edge_and_a_wholly_open_frame_has_no_seam():
+    preserve = np.ones((2, 8, 8), bool)
+    preserve[0, 2:6, 2:6] = False
+    preserve[1] = False
+    kept, generated = np.zeros((2, 8, 8, 3), np.uint8), np.full((2, 8, 8, 3), 9, np.uint8)
+    hard = sampling.composite(kept, generated, preserve, feather=0)
+    assert set(np.unique(hard[0])) == {0, 9}
+    assert (sampling.composite(kept, generated, preserve, feather=4)[1] == 9).all()
+
+
+def test_the_noise_is_a_cpu_generators_so_a_seed_means_the_same_everywhere(trained):
+    expected = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(42))
+    seen = []
+    config = load_config(trained.config, ["edit.steps=1", "edit.sampler=euler"])
+    from loraedit_ext import flow
+
+    real = flow.sample
+
+    def spy(predict, noise, *rest, **options):
+        seen.append(noise)
+        return real(predict, noise, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow, "sample", spy)
+        launch.edit(config, None, None)
+    assert torch.equal(seen[0], expected)
+
+
+def test_a_step_distilled_lora_is_stacked_on_the_edits(trained):
+    """Few steps, no guidance, other rank and targets, path relative to the TOML; recorded with its hash."""
+    from safetensors.torch import save_file
+
+    from common.files import hash_file
+
+    g = torch.Generator().manual_seed(1)
+    state = {}
+    for linear in ("cross_attn.k_img", "self_attn.v", "ffn.2"):
+        rows, columns = (96, 192) if linear == "ffn.2" else (96, 96)
+        key = f"lora_unet_blocks_1_{linear.replace('.', '_')}"
+        state |= {f"{key}.lora_down.weight": torch.randn(7, columns, generator=g),
+                  f"{key}.lora_up.weight": torch.randn(rows, 7, generator=g), f"{key}.alpha": torch.tensor(3.5)}
+    save_file(state, trained.path / "distilled.safetensors")
+    few = ["edit.composite=false", "edit.steps=4", "edit.guidance=1"]
+    plain = frames_of(edit(trained, *few))
+    out = edit(trained, *few, "edit.lora=[{path='distilled.safetensors', strength=0.5}]")
+    stacked = frames_of(out)
+    assert (stacked != plain).any()
+    assert (frames_of(edit(trained, *few, "edit.lora=[{path='distilled.safetensors', strength=0}]")) == plain).all()
+    facts = json.loads((out / "edited.json").read_text())["facts"]
+    assert facts["loras"][1]["sha256"] == hash_file(trained.path / "distilled.safetensors")
+
+
+def test_a_stacked_lora_of_another_model_is_refused(trained):
+    from safetensors.torch import save_file
+
+    key = "diffusion_model.blocks.1.ffn.0.lora_"
+    save_file({f"{key}A.weight": torch.ones(4, 5120), f"{key}B.weight": torch.ones(13824, 4)},
+              trained.path / "big.safetensors")
+    with pytest.raises(UserError, match=r"big\.safetensors.*\(13824, 5120\).*\(192, 96\)"):
+        edit(trained, "edit.lora=[{path='big.safetensors'}]")

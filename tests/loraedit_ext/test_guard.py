@@ -1,0 +1,49 @@
+"""The guard: two quick tasks of the benchmark through the whole pipeline, against recorded bounds.
+
+`guard_bounds.json` beside this file holds `overrides` (as for `evaluate.py --suite scenes --quick`) and `at_least`:
+{task: {method: {score: bound}}}, or `motion - naive` in place of a method for a difference. The scores come from fixed
+seeds, so a bound may lie close below what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from loraedit_ext.evaluation.suite import quick_scores
+
+ROOT = Path(__file__).parents[2]
+CHECKPOINT = ROOT / "checkpoints" / "tiny-wan-i2v"
+BOUNDS = json.loads((Path(__file__).parent / "guard_bounds.json").read_text())
+CASES = [
+    (task, method, score, bound)
+    for task, methods in BOUNDS["at_least"].items() for method, wanted in methods.items()
+    for score, bound in wanted.items()
+]  # fmt: skip
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (CHECKPOINT / "config.json").is_file(), reason="checkpoints/tiny-wan-i2v is not there (pretraining/README.md)"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, float]]]:
+    return quick_scores(CHECKPOINT, tmp_path_factory.mktemp("guard"), BOUNDS["overrides"])
+
+
+def test_bounds_are_recorded() -> None:
+    assert CASES, "guard_bounds.json holds no bounds"
+
+
+@pytest.mark.parametrize(("task", "method", "score", "bound"), CASES)
+def test_quality_stays_above_its_bound(
+    found: dict[str, dict[str, dict[str, float]]], task: str, method: str, score: str, bound: float
+) -> None:
+    first, _, second = method.partition(" - ")
+    value = found[task][first][score] - (found[task][second][score] if second else 0.0)
+    assert value >= bound

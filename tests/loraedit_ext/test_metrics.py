@@ -1,0 +1,191 @@
+"""Tracking: jsonl and tensorboard always, wandb offline under one id; no key in anything written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from loraedit_ext import launch
+from loraedit_ext.config import MonitoringSettings, load_config
+from loraedit_ext.metrics import JsonlTracker, summarise
+
+WANDB = ["monitoring.enable_wandb=true", "monitoring.wandb_mode=offline", "monitoring.wandb_tags=['helmet']"]
+SECRET = "0123456789abcdef0123456789abcdef01234567"
+
+
+def train(folder, *overrides):
+    launch.train(load_config(folder.config, overrides))
+
+
+def test_a_resumed_jsonl_drops_what_came_after_the_checkpoint(tmp_path):
+    first = JsonlTracker(tmp_path, 0)
+    for step in (1, 2, 3):
+        first.log(step, {"train/loss": step / 10})
+    JsonlTracker(tmp_path, 2).log(3, {"train/loss": 9.0})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["train/loss"]) for row in rows] == [(1, 0.1), (2, 0.2), (3, 9.0)]
+
+
+def test_tensorboard_holds_what_the_jsonl_holds(edit_folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(edit_folder, "eval_every_n_steps=3")
+    (run,) = edit_folder.runs()
+    events = EventAccumulator(str(run))
+    events.Reload()
+    rows = edit_folder.metrics()
+    names = {name for row in rows for name in row} - {"step"}
+    assert set(events.Tags()["scalars"]) == names
+    assert names >= {"train/loss", "train/grad_norm", "train/lr", "train/step_seconds", "train/memory_gb", "motion/loss"}
+    for name in ("train/loss", "train/lr", "motion/loss_quantile_0.50"):
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        expected = [(row["step"], row[name]) for row in rows if name in row]
+        assert found == [(step, pytest.approx(value)) for step, value in expected]
+
+
+def wandb_records(run_folder):
+    """Records of an offline run's log, read with wandb's own protobuf (LevelDB log: 7 byte header, 32 KiB blocks)."""
+    from wandb.proto import wandb_internal_pb2
+
+    found, records = [], b""
+    (file,) = run_folder.glob("*.wandb")
+    data, position = file.read_bytes(), 7
+    while position + 7 <= len(data):
+        if (left := 32768 - position % 32768) < 7:
+            position += left
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        records += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            found.append(wandb_internal_pb2.Record.FromString(records))
+            records = b""
+    return found
+
+
+def values(items):
+    return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+
+
+def wandb_history(run_folder):
+    """What was logged, row by row."""
+    records = wandb_records(run_folder)
+    return [values(record.history.item) for record in records if record.WhichOneof("record_type") == "history"]
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """wandb without a server and without a word."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+def test_wandb_gets_previews_the_final_lora_and_the_evaluation(edit_folder, offline):
+    import evaluate
+
+    on = [*WANDB, "monitoring.wandb_log_model=true"]
+    train(edit_folder, *on, "sample_every_n_steps=3", "preview.steps=1", "preview.guidance=1")
+    (run,) = edit_folder.runs()
+    (folder,) = (run / "wandb").glob("offline-run-*")
+    videos = [row for row in wandb_history(folder) if "preview/path" in row or "preview" in row]
+    assert [row["train/step"] for row in videos] == [3, 6]
+    media = sorted((folder / "files" / "media" / "videos").rglob("*.mp4"))
+    assert {path.read_bytes() for path in media} == {
+        (run / "previews" / f"step{step}.mp4").read_bytes() for step in (3, 6)
+    }
+    artifacts = [r.request.log_artifact.artifact for r in wandb_records(folder)
+                 if r.WhichOneof("record_type") == "request" and r.request.HasField("log_artifact")]
+    artifacts += [r.artifact for r in wandb_records(folder) if r.WhichOneof("record_type") == "artifact"]
+    (artifact,) = artifacts
+    identity = (run / "wandb_run_id").read_text().strip()
+    assert (artifact.name, artifact.type) == (f"lora-{identity}", "model")
+    assert {"final", "step6"} <= set(artifact.aliases)  # wandb adds `latest`
+    assert [entry.path for entry in artifact.manifest.contents] == ["adapter_model.safetensors"]
+    launch.edit(load_config(edit_folder.config), None, None)
+    assert evaluate.main(["--config", str(edit_folder.config), *WANDB]) == 0
+    later = next(f for f in (run / "wandb").glob("offline-run-*") if f != folder)
+    assert later.name.endswith(identity)
+    summary = {}
+    for record in wandb_records(later):
+        if record.WhichOneof("record_type") == "summary":
+            summary |= values(record.summary.update)
+    judged = json.loads((run / "step6" / "edit" / "evaluation.json").read_text())["metrics"]
+    expected = {f"evaluation/{key}": value["value"] for key, value in judged.items() if value["value"] is not None}
+    assert len(expected) > 8
+    assert {key: summary[key] for key in expected} == expected
+
+
+def test_evaluation_leaves_wandb_alone_where_the_training_had_none(tmp_path):
+    settings = MonitoringSettings(enable_wandb=True, wandb_mode="offline")
+    assert summarise(None, settings, {"evaluation/x": 1.0}) is None
+    assert summarise(tmp_path, settings, {"evaluation/x": 1.0}) is None
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def fresh_wandb():
+    """wandb reads the environment once a process; before and behind a test that changes it, forget what was read."""
+    import wandb
+
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+def test_the_run_that_a_sweeps_agent_watches_is_the_one_that_is_logged_to(
+    edit_folder, offline, fresh_wandb, monkeypatch
+):
+    monkeypatch.setenv("WANDB_RUN_ID", "agent123")
+    train(edit_folder, *WANDB, "stage=[{name='motion', steps=1, mix={motion=1}}]")
+    (run,) = edit_folder.runs()
+    assert (run / "wandb_run_id").read_text() == "agent123\n"
+    assert next((run / "wandb").glob("offline-run-*")).name.endswith("-agent123")
+
+
+def test_wandb_offline_gets_every_number_and_one_id_over_a_resume(edit_folder, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(edit_folder, *WANDB, "checkpoint_every_n_steps=4")
+    (run,) = edit_folder.runs()
+    (run / "latest").write_text("global_step4\n")
+    train(edit_folder, *WANDB, "resume_from_checkpoint=true")
+    folders = sorted((run / "wandb").glob("offline-run-*"))
+    identity = (run / "wandb_run_id").read_text().strip()
+    assert len(folders) == 2
+    assert all(folder.name.endswith(identity) for folder in folders)
+    first, second = (wandb_history(folder) for folder in folders)
+    assert [row["train/step"] for row in first] == [1, 2, 3, 4, 5, 6]
+    assert [row["train/step"] for row in second] == [5, 6]
+    for row, expected in zip([*first[:4], *second], edit_folder.metrics(), strict=True):
+        for name, value in expected.items():
+            assert row["train/step" if name == "step" else name] == pytest.approx(value), name
+
+
+def test_no_key_is_written_anywhere(edit_folder, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(edit_folder, *WANDB)
+    launch.edit(load_config(edit_folder.config), None, None)
+    files = [path for path in edit_folder.path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
+def test_wandb_is_not_even_imported_unless_enabled(edit_folder):
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    code = (
+        "import sys, train; code = train.main(sys.argv[1:]); assert code == 0, code; "
+        "print('wandb imported' if 'wandb' in sys.modules else 'no wandb')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--config", str(edit_folder.config)], capture_output=True, text=True,
+        check=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.stdout.strip().endswith("no wandb")

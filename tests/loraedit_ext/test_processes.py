@@ -1,0 +1,139 @@
+"""The same run on one process, two pipeline stages and two replicas, through the real launchers (gloo)."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from tests.conftest import strips
+
+ROOT = Path(__file__).parents[2]
+TWO_SAMPLES = "gradient_accumulation_steps=2"
+CLIPPED = ["gradient_clipping=0.05", "eval_every_n_steps=3"]
+SGD = ["optimizer.type=sgd", "optimizer.lr=0.05", "gradient_clipping=0"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(folder, *overrides: str, processes: int = 1, launcher: str = "torchrun", check: bool = True):
+    """Run train.py as a user would; returns the finished process."""
+    port = f"--master_port={free_port()}"
+    if processes == 1:
+        start = [sys.executable]
+    elif launcher == "torchrun":
+        start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", port]
+    else:
+        start = [str(Path(sys.executable).parent / "deepspeed"), f"--num_gpus={processes}", port]
+    command = [*start, str(ROOT / "train.py"), "--config", str(folder.config), *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1",
+                   "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def numbers(rows: list[dict]) -> list[tuple[str, float]]:
+    """Losses, norms and evaluation losses of a run in order; times and memory left out."""
+    return [
+        (name, value) for row in rows for name, value in sorted(row.items())
+        if "loss" in name or name == "train/grad_norm"
+    ]
+
+
+def assert_close(first, second, tolerance):
+    assert [name for name, _ in first] == [name for name, _ in second]
+    for (name, a), (_, b) in zip(first, second, strict=True):
+        assert a == pytest.approx(b, abs=tolerance, rel=tolerance), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", [CLIPPED, SGD], ids=["adamw-clipped", "sgd-unclipped"])
+def test_two_pipeline_stages_equal_one_process(edit_folder, optimizer):
+    """With clipping, regimes of different shape and evaluation between; and with plain gradients (SGD).
+
+    Guards: DeepSpeed clips by the first stage's norm alone, and sends stale shapes when they change.
+    """
+    launch(edit_folder, TWO_SAMPLES, *optimizer)
+    launch(edit_folder, TWO_SAMPLES, *optimizer, "pipeline_stages=2", processes=2)
+    first, second = numbers(edit_folder.metrics(0)), numbers(edit_folder.metrics(1))
+    assert len(first) >= 12
+    assert_close(first, second, 1e-6)
+
+
+@pytest.mark.slow
+def test_previews_with_two_pipeline_stages_are_those_of_one_process_and_change_no_number(edit_folder):
+    previews = ["sample_every_n_steps=3", "preview.steps=2", "edit.composite=false"]
+    launch(edit_folder, *previews)
+    launch(edit_folder, *previews, "pipeline_stages=2", processes=2)
+    launch(edit_folder, "pipeline_stages=2", processes=2)
+    one, two, without = edit_folder.runs()
+    assert numbers(edit_folder.metrics(1)) == numbers(edit_folder.metrics(2))
+    first, second = strips(one), strips(two)
+    assert list(first) == list(second) == [3, 6]
+    assert all(np.abs(first[step].astype(int) - second[step]).max() <= 1 for step in first)
+    assert not (without / "previews").exists()
+
+
+@pytest.mark.slow
+def test_two_replicas_equal_one_process_with_twice_the_accumulation(edit_folder):
+    launch(edit_folder, TWO_SAMPLES, *SGD)
+    launch(edit_folder, "gradient_accumulation_steps=1", *SGD, processes=2)
+    assert_close(numbers(edit_folder.metrics(0)), numbers(edit_folder.metrics(1)), 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", [["pipeline_stages=2", TWO_SAMPLES], ["gradient_accumulation_steps=1"]],
+                         ids=["stages", "replicas"])
+def test_8_bit_storage_crosses_processes(edit_folder, split):
+    launch(edit_folder, TWO_SAMPLES, *SGD, "model.transformer_dtype=float8")
+    launch(edit_folder, *SGD, *split, "model.transformer_dtype=float8", processes=2)
+    assert_close(numbers(edit_folder.metrics(0)), numbers(edit_folder.metrics(1)), 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_run_resumes_on_another_number_of_stages(edit_folder, before, after):
+    launch(edit_folder)
+    launch(edit_folder, f"pipeline_stages={before}", processes=before)
+    whole, second = edit_folder.runs()
+    (second / "latest").write_text("global_step3\n")
+    resume = ["--resume_from_checkpoint", second.name]
+    launch(edit_folder, f"pipeline_stages={after}", *resume, processes=after)
+    assert_close(numbers(edit_folder.metrics(0)), numbers(edit_folder.metrics(1)), 1e-6)
+    first, last = (load_file(run / "step6" / "adapter_model.safetensors") for run in (whole, second))
+    assert all((first[name] - last[name]).abs().max() < 1e-6 for name in first)
+
+
+@pytest.mark.slow
+def test_the_deepspeed_launcher_runs_it_and_ends_well(edit_folder):
+    done = launch(edit_folder, "pipeline_stages=2", "model.dtype=bfloat16", processes=2, launcher="deepspeed")
+    assert "2 pipeline stage(s) x 1 replica(s)" in done.stdout
+    assert len(edit_folder.losses()) == 6
+
+
+@pytest.mark.slow
+def test_a_user_error_on_several_processes_ends_them_all_with_the_message(edit_folder):
+    done = launch(edit_folder, "pipeline_stages=2", "adapter.init_from_existing=nothing.safetensors", processes=2,
+                  check=False)
+    assert done.returncode != 0
+    assert "nothing.safetensors: no such LoRA file" in done.stderr
+    assert not edit_folder.runs()
+
+
+def test_stages_that_do_not_divide_the_processes_are_refused(edit_folder):
+    done = launch(edit_folder, "pipeline_stages=2", check=False)
+    assert done.returncode == 2
+    assert "pipeline_stages = 2 does not divide the 1 processes" in done.stderr
+    assert "Traceback" not in done.stderr

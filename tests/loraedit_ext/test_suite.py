@@ -1,0 +1,300 @@
+"""The benchmark: fixed lists, exact truth, baselines with known scores, statistics, a resumable run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import evaluate
+from common.errors import UserError
+from dataset.images import read_image
+from loraedit_ext.evaluation import metrics, suite, suite_baselines, suite_report, suite_tasks
+from loraedit_ext.evaluation.suite_claims import Claim, Results, claims
+from loraedit_ext.evaluation.suite_methods import DEFAULT_METHODS, METHODS, Budget, training_seconds
+from loraedit_ext.evaluation.suite_scores import SCORES, UNSEEN, scores
+from loraedit_ext.evaluation.suite_settings import load_suite
+from loraedit_ext.evaluation.suite_statistics import Estimate, estimate, paired, t_quantile
+from loraedit_ext.evaluation.suite_tasks import BENCHMARK, GUARD, QUICK, VALIDATION, TaskMedia
+from pretraining.clips import HELD_OUT
+
+TASK = BENCHMARK[3]
+SHORT = ("suite.steps=1", "suite.appearance_steps=2", "suite.seeds=[0]", "suite.jobs=1", "edit.steps=1",
+         f"suite.tasks={TASK.name}")  # fmt: skip
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / suite.RESULTS).read_text().splitlines()]
+
+
+def test_the_lists_have_the_promised_size_and_mix() -> None:
+    assert len(BENCHMARK) == 24
+    assert Counter(task.edit for task in BENCHMARK) == dict.fromkeys(("recolour", "retexture", "reshape"), 8)
+    assert Counter(task.motion for task in BENCHMARK) == dict.fromkeys(
+        ("translating", "rotating", "turning", "emerging"), 6
+    )
+    assert Counter(task.panning for task in BENCHMARK) == {True: 12, False: 12}
+    assert Counter(task.several for task in BENCHMARK) == {True: 12, False: 12}
+    assert len({(task.edit, task.motion, task.panning) for task in BENCHMARK}) == 24
+    assert {task.motion for task in QUICK} == {task.motion for task in BENCHMARK}
+    assert {task.edit for task in VALIDATION} == {task.edit for task in QUICK} == {task.edit for task in BENCHMARK}
+    assert {task.motion for task in VALIDATION} == {task.motion for task in BENCHMARK}
+    assert set(GUARD) < set(QUICK) < set(BENCHMARK)
+
+
+def test_validation_and_pretraining_never_see_the_benchmark() -> None:
+    seeds = [task.seed for task in (*BENCHMARK, *VALIDATION)]
+    assert len(set(seeds)) == len(seeds)
+    assert max(seeds) < HELD_OUT
+
+
+@pytest.mark.parametrize("task", [*BENCHMARK, *VALIDATION], ids=lambda task: task.name)
+def test_truth_and_source_differ_inside_the_mask_and_nowhere_else(task: suite_tasks.SuiteTask) -> None:
+    media = TaskMedia(task)
+    assert np.array_equal(media.source[media.preserve], media.truth[media.preserve])
+    seen = media.object
+    assert not (seen & media.preserve).any()
+    assert not (media.changed & media.preserve).any()
+    assert media.changed[6:].sum((1, 2)).min() > 40
+    share_of_first = seen[0].sum() / seen.sum((1, 2)).max()
+    assert share_of_first < 0.5 if task.motion == "emerging" else seen.sum((1, 2)).min() > 100
+    assert len(task.scene.objects) == task.objects
+    assert (task.scene.pan != (0.0, 0.0)) == task.panning
+
+
+def test_a_task_is_written_as_a_user_would_bring_it_and_only_once(tmp_path: Path) -> None:
+    suite_tasks.write(TASK, tmp_path)
+    media = TaskMedia(TASK)
+    assert np.array_equal(suite_tasks.read_frames(tmp_path / "source"), media.source)
+    assert np.array_equal(read_image(tmp_path / "edited_00012.png"), media.truth[12])
+    assert np.array_equal(suite_tasks.read_frames(tmp_path / "mask")[..., 0] == 0, media.preserve)
+    assert not set(UNSEEN) & {0, 6, 12}
+    (tmp_path / "source" / "00000.png").unlink()
+    suite_tasks.write(TASK, tmp_path)
+    assert not (tmp_path / "source" / "00000.png").exists()
+    (tmp_path / suite_tasks.IDENTITY).write_text("of another renderer")
+    suite_tasks.write(TASK, tmp_path)
+    assert np.array_equal(suite_tasks.read_frames(tmp_path / "source"), media.source)
+
+
+@pytest.mark.parametrize("name", ["source", "static_paste", "tracked_paste"])
+def test_what_pastes_keeps_the_background_and_the_first_frame_exactly(name: str) -> None:
+    media = TaskMedia(BENCHMARK[0])
+    paste = {"source": suite_baselines.unchanged, "static_paste": suite_baselines.static_paste,
+             "tracked_paste": suite_baselines.tracked_paste}[name]  # fmt: skip
+    video = paste(media.source, media.truth[0], media.preserve)
+    found = scores(video, media)
+    assert math.isinf(found["preserved_psnr"])
+    assert found["preserved_ssim"] == pytest.approx(1)
+    if name == "source":
+        assert found["object_gain"] == -math.inf
+    else:
+        assert np.array_equal(video[0], media.truth[0])
+        assert found["edit_psnr"] == metrics.quality(video[1:], media.truth[1:], ~media.preserve[1:]).psnr < 40
+
+
+def test_the_truth_has_perfect_scores_and_the_sources_motion() -> None:
+    media = TaskMedia(BENCHMARK[0])
+    found = scores(media.truth, media)
+    assert {found["preserved_psnr"], found["edit_psnr"], found["edit_psnr_unseen"], found["object_gain"]} == {math.inf}
+    assert found["warping"] == found["warping_truth"] < scores(
+        suite_baselines.static_paste(media.source, media.truth[0], media.preserve), media)["warping"]  # fmt: skip
+
+
+def test_a_tracked_paste_follows_centre_and_size_of_the_box() -> None:
+    source = np.full((3, 32, 32, 3), 100, np.uint8)
+    preserve = np.ones((3, 32, 32), bool)
+    preserve[0, 4:12, 4:12] = preserve[1, 10:18, 20:28] = False
+    first = source[0].copy()
+    first[4:12, 4:12] = np.arange(64).reshape(8, 8, 1)
+    video = suite_baselines.tracked_paste(source, first, preserve)
+    assert np.array_equal(video[1, 10:18, 20:28], first[4:12, 4:12])
+    assert np.array_equal(video[2], source[2])
+    preserve[1, 2:18, 12:28] = False
+    grown = suite_baselines.tracked_paste(source, first, preserve)[1, 2:18, 12:28, 0].astype(int)
+    assert np.abs(grown[::2, ::2] - first[4:12, 4:12, 0]).max() <= 5
+    preserve[0] = True
+    assert np.array_equal(suite_baselines.tracked_paste(source, first, preserve)[1:], source[1:])
+
+
+@pytest.mark.parametrize(("degrees", "value"), [(1, 12.7062), (2, 4.3027), (5, 2.5706), (10, 2.2281), (23, 2.0687)])
+def test_students_quantiles_are_those_of_the_tables(degrees: int, value: float) -> None:
+    assert t_quantile(degrees) == pytest.approx(value, abs=2e-4)
+
+
+def test_an_estimate_counts_tasks_not_seeds() -> None:
+    found = estimate({"a": [1, 3], "b": [4, 4, 4], "c": [6]})
+    assert (found.mean, found.tasks) == (4, 3)
+    assert found.half_width == pytest.approx(4.3027 * 2 / math.sqrt(3), abs=1e-3)
+    assert math.isnan(estimate({"a": [1, 2, 3]}).half_width)
+    assert estimate({"a": [math.inf], "b": [1]}).mean == math.inf
+    difference = paired({"a": [2], "b": [10, 12], "only": [0]}, {"a": [1], "b": [10]})
+    assert (difference.mean, difference.half_width) == (1, pytest.approx(0, abs=1e-9))
+    with pytest.raises(ValueError, match="at least one"):
+        paired({"a": [1]}, {"b": [1]})
+
+
+@pytest.mark.parametrize(
+    ("mean", "half_width", "verdict"),
+    [(4, 1, "shown"), (4, 2, "likely"), (2, 2, "not shown"), (2, 0.5, "refuted"), (2, math.nan, "one task")],
+)
+def test_a_verdict_heeds_the_interval(mean: float, half_width: float, verdict: str) -> None:
+    assert Claim("", Estimate(mean, half_width, 5), 3.0).verdict == verdict
+
+
+def test_claims_are_paired_differences_on_the_tasks_they_speak_of() -> None:
+    def record(task: suite_tasks.SuiteTask, method: str, psnr: float) -> dict:
+        return {"task": task.name, "method": method, "seed": 0, "steps": 1, "seconds": 1.0,
+                "scores": {score.key: psnr for score in SCORES}}  # fmt: skip
+
+    records = [record(task, "naive", 20.0 + index) for index, task in enumerate(BENCHMARK)]
+    records += [record(task, "motion", 20.0 + index + (5 if task.open_background else -2))
+                for index, task in enumerate(BENCHMARK)]  # fmt: skip
+    found = claims(Results(BENCHMARK, records))
+    assert (found[0].found.mean, found[0].found.tasks, found[0].verdict) == (5, 19, "shown")
+    assert (found[1].found.mean, found[1].found.tasks, found[1].verdict) == (-2, 5, "refuted")
+    assert found[2].verdict == "not computed"
+    assert [claim.found.tasks for claim in found[4:6]] == [24, 18]
+
+
+def test_stages_are_those_of_the_methods() -> None:
+    budget = Budget(100, 50, 0.25)
+    assert [stage["steps"] for stage in budget.stages(METHODS["appearance"])] == [100, 50]
+    assert budget.stages(METHODS["appearance"])[1]["mix"] == {"motion": 0.75, "appearance": 0.25}
+    assert budget.stages(METHODS["naive"]) == [{"name": "naive", "steps": 100, "mix": {"naive": 1}}]
+    assert budget.stages(METHODS["motion_long"])[0]["steps"] == 150
+
+
+def test_seconds_are_those_of_all_steps_of_a_run(tmp_path: Path) -> None:
+    rows = [{"step": 1, "train/step_seconds": 0.5}, {"step": 1, "motion/loss": 3.0}, {"step": 2, "train/step_seconds": 2}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert training_seconds(tmp_path) == 2.5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("suite.tusks=quick", "did you mean `tasks`"),
+        ('suite.methods=["magic"]', "no method `magic`"),
+        ("seed=3", "suite.seeds"),
+        ("stage.0.steps=3", "suite.steps"),
+        ("suite.jobs=0", "jobs"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_suite([override])
+
+
+def test_quick_is_a_default_that_overrides_beat() -> None:
+    settings, rest = load_suite(["suite.steps=7", "optimizer.lr=1e-3"], quick=True)
+    assert (settings.tasks, settings.seeds, settings.steps, settings.appearance_steps) == ("quick", [0], 7, 100)
+    assert rest == ["optimizer.lr=1e-3"]
+
+
+def test_unknown_tasks_and_absent_checkpoints_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no list or task `benchmrak`.*benchmark"):
+        suite_tasks.chosen("benchmrak")
+    with pytest.raises(UserError, match=r"suite\.checkpoint=FOLDER"):
+        suite.run_suite([f"suite.checkpoint={tmp_path / 'none'}"], out=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, tiny_wan: Path) -> tuple[Path, Results, list[str]]:
+    """One task with all methods on the random checkpoint, a step each."""
+    out = tmp_path_factory.mktemp("suite")
+    overrides = [*SHORT, f"suite.checkpoint={tiny_wan}"]
+    return out, suite.run_suite(overrides, out=out), overrides
+
+
+def test_every_method_leaves_a_whole_line(done: tuple[Path, Results, list[str]]) -> None:
+    found = {line["method"]: line for line in lines(done[0])}
+    assert tuple(found) == DEFAULT_METHODS
+    assert all(line["scores"].keys() >= {score.key for score in SCORES} for line in found.values())
+    assert {name: line["steps"] for name, line in found.items() if line["steps"]} == {
+        "naive": 1, "motion": 1, "appearance": 3,
+    }  # fmt: skip
+    assert {name for name, line in found.items() if line["seconds"]} == {
+        name for name in DEFAULT_METHODS if METHODS[name].learned
+    }  # fmt: skip
+    assert found["full"]["settings"]["condition"] == "all"
+    folder = done[0] / "tasks" / TASK.name
+    assert "stage     appearance: 2 steps" in (folder / "log-0.txt").read_text()
+    assert not (folder / "runs" / "0").exists()
+
+
+def test_the_report_has_every_method_and_claim(done: tuple[Path, Results, list[str]]) -> None:
+    out, results, _ = done
+    text = (out / suite.TABLE).read_text()
+    assert all(text.count(f"| {METHODS[name].title} |") == 4 for name in DEFAULT_METHODS)
+    assert all(claim.statement in text for claim in claims(results))
+    sheet = read_image(out / suite.SHEET)
+    assert sheet.shape[1] == (len(DEFAULT_METHODS) + 1) * (4 * 64 + suite_report.MARGIN)
+    assert (sheet[2 * suite_report.LABEL :, -20] != 200).any()  # the last column has its picture
+
+
+def test_a_second_run_computes_nothing(done: tuple[Path, Results, list[str]], capsys: pytest.CaptureFixture) -> None:
+    out, _, overrides = done
+    before = (out / suite.RESULTS).read_bytes()
+    suite.run_suite(overrides, out=out)
+    assert (out / suite.RESULTS).read_bytes() == before
+    assert "11 results, 11 of them in" in capsys.readouterr().out
+
+
+def test_what_is_missing_is_computed_and_comes_out_the_same(done: tuple[Path, Results, list[str]]) -> None:
+    """The appearance stage alone trains both stages in one go, the first run continued the motion stage: no matter."""
+    out, _, overrides = done
+    whole = lines(out)
+    kept = [line for line in whole if line["method"] != "appearance"]
+    (out / suite.RESULTS).write_text("".join(json.dumps(line) + "\n" for line in kept))
+    suite.run_suite(overrides, out=out)
+    again = lines(out)
+    assert len(again) == len(whole)
+    assert again[-1]["method"] == "appearance"
+    assert again[-1]["scores"] == next(line for line in whole if line["method"] == "appearance")["scores"]
+
+
+def test_only_what_a_setting_touches_is_computed_again(
+    done: tuple[Path, Results, list[str]], capsys: pytest.CaptureFixture
+) -> None:
+    out, _, overrides = done
+    wanted = 'suite.methods=["source", "no_lora", "naive", "vae"]'
+    before = len(lines(out))
+    suite.run_suite([*overrides, wanted, "optimizer.lr=1e-3"], out=out)
+    assert "4 results, 3 of them in" in capsys.readouterr().out
+    assert [line["method"] for line in lines(out)[before:]] == ["naive"]
+
+
+def test_a_torn_line_is_told(tmp_path: Path) -> None:
+    (tmp_path / suite.RESULTS).write_text('{"key": "a", "scores": {"x": "-inf", "y": null}}\n{"key": "b", "sc')
+    with pytest.raises(UserError, match="line 2 is not whole"):
+        suite.read_records(tmp_path)
+    (tmp_path / suite.RESULTS).write_text('{"key": "a", "scores": {"x": "-inf", "y": null}}\n')
+    read = suite.read_records(tmp_path)[0]["scores"]
+    assert read["x"] == -math.inf
+    assert math.isnan(read["y"])
+
+
+def test_processes_side_by_side_fill_one_file(tmp_path: Path, tiny_wan: Path) -> None:
+    overrides = [f"suite.checkpoint={tiny_wan}", 'suite.methods=["source", "tracked_paste"]', "suite.jobs=2"]
+    results = suite.run_suite(overrides, quick=True, out=tmp_path)
+    assert len(lines(tmp_path)) == len(results.records) == 2 * len(QUICK)
+
+
+def test_quick_scores_are_what_a_guard_needs(tmp_path: Path, tiny_wan: Path) -> None:
+    found = suite.quick_scores(tiny_wan, tmp_path, ['suite.methods=["masked"]', "edit.steps=1"])
+    assert found.keys() == {task.name for task in GUARD}
+    assert all(scored["masked"]["edit_psnr"] > 0 for scored in found.values())
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--suite", "scenes", "--config", "x.toml"], ["--quick"], ["--suite", "scenes", "--edit", "x"]]
+)
+def test_flags_that_do_not_go_together_are_refused(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main(arguments)
+    assert caught.value.code == 2

@@ -1,0 +1,237 @@
+"""Training in one process: resume, signals, bad numbers, what is written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from common.errors import UserError
+from loraedit_ext import launch, metrics, plan
+from loraedit_ext.config import load_config
+
+
+def train(folder, *overrides):
+    launch.train(load_config(folder.config, overrides))
+
+
+def lora_of(run, step):
+    return load_file(run / f"step{step}" / "adapter_model.safetensors")
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_leaves_exactly_what_the_plan_announces(edit_folder, capsys):
+    train(edit_folder)
+    (run,) = edit_folder.runs()
+    names = {path.name for path in run.iterdir() if not path.name.startswith("events.out")}
+    assert names == {"step3", "step6", "global_step3", "global_step6", "latest", "config.json", "metrics.jsonl"}
+    out = capsys.readouterr().out
+    assert "step3/ and global_step3/, step6/ and global_step6/" in out
+    assert "samples   motion: motion" in out
+    assert "samples   appearance: appearance@6" in out
+
+
+def test_loss_falls_on_one_sample(edit_folder):
+    train(edit_folder, "stage=[{name='motion', steps=25, mix={motion=1}}]", "optimizer.lr=5e-3")
+    losses = edit_folder.losses()
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(edit_folder):
+    for seed in (1, 1, 2):
+        train(edit_folder, f"seed={seed}")
+    assert edit_folder.losses(0) == edit_folder.losses(1)
+    assert edit_folder.losses(0) != edit_folder.losses(2)
+    assert_same(lora_of(edit_folder.runs()[0], 6), lora_of(edit_folder.runs()[1], 6))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "Prodigy"])
+def test_a_resumed_run_equals_the_uninterrupted_one(edit_folder, optimizer):
+    """Resumed within a stage, with dropout and a schedule: weights and losses to the bit."""
+    common = ["adapter.dropout=0.1", "lr_scheduler=cosine", "warmup_steps=2", f"optimizer.type={optimizer}"]
+    common += ["optimizer.lr=1.0"] if optimizer == "Prodigy" else []
+    train(edit_folder, *common)
+    train(edit_folder, *common, "checkpoint_every_n_steps=2")
+    whole, second = edit_folder.runs()
+    (second / "latest").write_text("global_step2\n")
+    train(edit_folder, *common, f"resume_from_checkpoint={second.name}")
+    assert edit_folder.losses(1) == edit_folder.losses(0)
+    assert [row["step"] for row in edit_folder.metrics(1) if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert_same(lora_of(whole, 6), lora_of(second, 6))
+
+
+def test_a_signal_file_saves_state_and_lora_and_quits(edit_folder, monkeypatch):
+    log = metrics.JsonlTracker.log
+
+    def log_and_signal(self, step, values):
+        log(self, step, values)
+        if step == 2:
+            (self.path.parent / "save_quit").touch()
+
+    monkeypatch.setattr(metrics.JsonlTracker, "log", log_and_signal)
+    train(edit_folder)
+    (run,) = edit_folder.runs()
+    assert len(edit_folder.losses()) == 2
+    assert (run / "step2" / "adapter_model.safetensors").is_file()
+    assert (run / "latest").read_text() == "global_step2\n"
+    assert not (run / "save_quit").exists()
+    monkeypatch.undo()
+    train(edit_folder, "resume_from_checkpoint=true")
+    assert len(edit_folder.losses()) == 6
+    assert len(edit_folder.runs()) == 1
+
+
+def test_the_exported_lora_tells_its_story(edit_folder):
+    train(edit_folder, "adapter.alpha=2")
+    (run,) = edit_folder.runs()
+    with safe_open(run / "step6" / "adapter_model.safetensors", "pt") as file:
+        facts = json.loads(file.metadata()["loraedit"])
+    assert facts["model"]["variant"] == "wan2.1-i2v"
+    assert (facts["rank"], facts["alpha"], facts["trigger"], facts["steps"]) == (4, 2, "p3rs0n,", 6)
+    assert "1 = preserve" in facts["mask_convention"]
+    assert facts["config"]["seed"] == 42
+    assert [stage["name"] for stage in facts["stages"]] == ["motion", "appearance"]
+
+
+def test_non_finite_numbers_stop_the_run_before_the_weights_are_touched(edit_folder):
+    train(edit_folder, "stage=[{name='motion', steps=3, mix={motion=1}}]")
+    (run,) = edit_folder.runs()
+    broken = run / "global_step3" / "layer_001.safetensors"
+    tensors, text = load_file(broken), safe_open(broken, "pt").metadata()
+    name = "blocks.0.self_attn.q.lora_B.weight/weight"
+    tensors[name] = torch.full_like(tensors[name], float("nan"))
+    from safetensors.torch import save_file
+
+    save_file(tensors, broken, metadata=text)
+    with pytest.raises(UserError, match=r"step 4 \(motion\): gradient norm is nan.*Lower optimizer\.lr"):
+        train(edit_folder, "stage=[{name='motion', steps=5, mix={motion=1}}]", "resume_from_checkpoint=true")
+    assert (run / "latest").read_text() == "global_step3\n"
+
+
+def test_quantile_evaluation_has_diffusion_pipes_names_and_no_effect_on_training(edit_folder):
+    train(edit_folder)
+    train(edit_folder, "eval_every_n_steps=2")
+    assert edit_folder.losses(0) == edit_folder.losses(1)
+    rows = [row for row in edit_folder.metrics(1) if "motion/loss" in row]
+    assert [row["step"] for row in rows] == [0, 2, 4, 6]
+    names = {f"{group}/loss_quantile_{k / 10:.2f}" for group in ("motion", "appearance") for k in range(1, 10)}
+    assert names | {"motion/loss", "appearance/loss", "eval/eval_time_sec", "step"} == set(rows[0])
+
+
+def test_a_stage_can_be_run_again_alone_from_the_lora_of_the_one_before(edit_folder):
+    train(edit_folder, "stage=[{name='motion', steps=3, mix={motion=1}}]")
+    first = edit_folder.runs()[0] / "step3"
+    train(edit_folder, f"adapter.init_from_existing={first}",
+          "stage=[{name='appearance', steps=1, mix={appearance=1}}]", "optimizer.lr=1e-9")
+    before, after = lora_of(edit_folder.runs()[0], 3), lora_of(edit_folder.runs()[1], 1)
+    assert all(torch.allclose(before[n], after[n], atol=1e-6) for n in before)
+    assert any(before[n].abs().max() > 1e-4 for n in before if "lora_B" in n)
+
+
+def test_checkpointed_activations_change_nothing(edit_folder):
+    train(edit_folder, "activation_checkpointing=False")
+    train(edit_folder, "activation_checkpointing=True")
+    assert edit_folder.losses(0) == edit_folder.losses(1)
+
+
+def test_a_warm_cache_loads_no_encoder(edit_folder):
+    train(edit_folder)
+    forbidden = {"load_vae", "load_text_encoder", "load_image_encoder"}
+    from models.wan.checkpoint import WanCheckpoint
+
+    def refuse(*_, **__):
+        raise AssertionError("an encoder was loaded although the cache is warm")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in forbidden:
+            patch.setattr(WanCheckpoint, name, refuse)
+        train(edit_folder)
+        with pytest.raises(AssertionError, match="encoder was loaded"):
+            train(edit_folder, "mask_rule=nearest")
+
+
+def test_new_pixels_under_the_same_name_are_encoded_again(edit_folder):
+    from dataset.images import read_image, write_png
+
+    train(edit_folder)
+    entries = set((edit_folder.path / "cache").rglob("*.safetensors"))
+    edited = edit_folder.path / "edited_6.png"
+    image = read_image(edited)
+    write_png(edited, image[:, ::-1].copy())
+    train(edit_folder)
+    new = set((edit_folder.path / "cache").rglob("*.safetensors")) - entries
+    assert len(new) == 1  # the appearance sample alone
+
+
+def test_a_dry_run_writes_nothing(edit_folder, capsys):
+    before = sorted(edit_folder.path.rglob("*"))
+    launch.train(load_config(edit_folder.config), dry_run=True)
+    assert sorted(edit_folder.path.rglob("*")) == before
+    assert "memory    about" in capsys.readouterr().out
+
+
+def test_cache_only_encodes_and_stops(edit_folder):
+    launch.train(load_config(edit_folder.config), cache_only=True)
+    assert len(list((edit_folder.path / "cache" / "wan").glob("*.safetensors"))) == 2
+    assert not edit_folder.runs()
+
+
+def test_the_papers_stages_are_the_default(edit_folder):
+    from dataset.job import load_job
+    from dataset.resize import Grid
+
+    config = load_config(edit_folder.config, ["stage=None"])
+    job = load_job(edit_folder.job, Grid())
+    motion, appearance = plan.stages(config, job)
+    assert (motion.steps, motion.mix) == (100, {"motion": 1})
+    assert (appearance.steps, appearance.mix) == (100, {"motion": 1, "appearance": 9})
+    text = edit_folder.job.read_text()
+    edit_folder.job.write_text(text[: text.index('[[edited_frame]]\nimage = "edited_6')])
+    assert [s.name for s in plan.stages(config, load_job(edit_folder.job, Grid()))] == ["motion"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "removed"])
+def test_a_damaged_checkpoint_is_named(edit_folder, damage):
+    train(edit_folder)
+    (run,) = edit_folder.runs()
+    path = run / "global_step6" / "layer_002.safetensors"
+    path.write_bytes(path.read_bytes()[:100]) if damage == "truncated" else path.unlink()
+    with pytest.raises(UserError, match=r"layer_002\.safetensors: unreadable training state"):
+        train(edit_folder, "resume_from_checkpoint=true", "stage.1.steps=9")
+
+
+def test_nothing_to_resume_is_told_with_what_is_there(edit_folder):
+    with pytest.raises(UserError, match="no run to resume"):
+        train(edit_folder, "resume_from_checkpoint=true")
+    train(edit_folder)
+    (run,) = edit_folder.runs()
+    (run / "latest").unlink()
+    with pytest.raises(UserError, match=r"no file `latest`.*global_step3, global_step6"):
+        train(edit_folder, f"resume_from_checkpoint={run}")
+
+
+def test_a_checkpoint_of_another_rank_is_refused(edit_folder):
+    train(edit_folder)
+    with pytest.raises(UserError, match="another model or rank"):
+        train(edit_folder, "resume_from_checkpoint=true", "adapter.rank=8")
+
+
+def test_training_and_editing_over_8_bit_storage(edit_folder):
+    """The loss stays near that of full storage, resuming is exact, the edit runs."""
+    train(edit_folder)
+    train(edit_folder, "model.transformer_dtype=float8")
+    full, stored = edit_folder.losses(0), edit_folder.losses(1)
+    assert stored == pytest.approx(full, rel=0.05)
+    assert stored != full
+    (edit_folder.runs()[1] / "latest").write_text("global_step3\n")
+    train(edit_folder, "model.transformer_dtype=float8", f"resume_from_checkpoint={edit_folder.runs()[1].name}")
+    assert edit_folder.losses(1) == stored
+    folder = launch.edit(load_config(edit_folder.config, ["model.transformer_dtype=float8", "edit.output=png"]), None, None)
+    assert len(list((folder / "edited").glob("*.png"))) == 9

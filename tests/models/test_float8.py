@@ -1,0 +1,157 @@
+"""8-bit storage: which weights it takes, what it computes, what it keeps for backward, how scales survive."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from wan_parts import GOLDEN_CONFIG, golden_weights
+
+from models.checkpoint import open_tensors
+from models.float8 import Float8Linear, dequantise, quantised, replace_linears
+from models.wan.checkpoint import WanCheckpoint
+from models.wan.save import write_checkpoint
+from models.wan.wrapper import WanI2V
+
+CPU = torch.device("cpu")
+E4M3 = torch.float8_e4m3fn
+LINEARS = [*(f"self_attn.{x}" for x in "qkvo"), *(f"cross_attn.{x}" for x in ("q", "k", "v", "o", "k_img", "v_img")),
+           "ffn.0", "ffn.2"]
+LARGE = {f"blocks.{i}.{name}.weight" for i in range(2) for name in LINEARS}
+
+
+def linear(rows=24, columns=16, scale=None, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    module = Float8Linear(columns, rows, bias=True)
+    module.weight = nn.Parameter(torch.randn(rows, columns, generator=g).to(E4M3), requires_grad=False)
+    module.bias = nn.Parameter(torch.randn(rows, generator=g), requires_grad=False)
+    module.scale = scale
+    return module
+
+
+@pytest.mark.parametrize("scale", [None, torch.tensor(0.25), torch.rand(24, 1) + 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_output_and_gradient_are_those_of_the_upcast_weight(scale, dtype):
+    module = linear(scale=scale)
+    weight = module.weight.float() * (1.0 if scale is None else scale)
+    ours, theirs = (torch.randn(3, 16, generator=torch.Generator().manual_seed(1)).to(dtype) for _ in range(2))
+    ours.requires_grad_(), theirs.requires_grad_()
+    out = module(ours)
+    reference = nn.functional.linear(theirs, weight.to(dtype), module.bias.to(dtype))
+    assert torch.equal(out, reference)
+    out.square().sum().backward()
+    reference.square().sum().backward()
+    assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_it_computes_in_the_autocast_dtype():
+    module, x = linear(), torch.randn(3, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = module(x)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, module(x.bfloat16()))
+
+
+def test_backward_keeps_the_8_bit_weight_and_no_copy():
+    module, kept = linear(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        module(torch.randn(3, 16, requires_grad=True))
+    assert [(tensor.dtype, tensor.data_ptr()) for tensor in kept] == [(E4M3, module.weight.data_ptr())]
+
+
+def test_only_named_plain_linears_are_replaced():
+    module = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Sequential(nn.Linear(2, 3, bias=False)), "c": nn.Linear(2, 2)})
+    assert set(replace_linears(module, "blocks.0", r"blocks\.\d+\.(a|b\.0)")) == {"a", "b.0"}
+    assert type(module["c"]) is nn.Linear
+    assert module["b"][0].bias is None
+
+
+def rounded(weight):
+    """What e4m3 with one scale per row makes of a weight."""
+    scale = weight.float().abs().amax(1, keepdim=True) / 448
+    return (weight.float() / scale).to(E4M3).float() * scale
+
+
+@pytest.mark.parametrize("deviation", [1.0, 0.02, 0.001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_rounding_is_small_whatever_the_weights_size(tmp_path, dtype, deviation):
+    weight = (torch.randn(1100, 40, generator=torch.Generator().manual_seed(0)) * deviation).to(dtype)
+    weight[7] = 0
+    save_file({"w": weight}, tmp_path / "w.safetensors")
+    entry, scale = quantised(open_tensors(tmp_path / "w.safetensors").entries["w"], E4M3, CPU)
+    back = dequantise(entry.read(), scale, torch.float32)
+    assert (back - weight.float()).norm() < 0.03 * weight.float().norm()
+    assert not back[7].any()
+    assert scale.shape == (1100, 1)
+
+
+def loaded(checkpoint, dtype=torch.float32, linears=None):
+    model = WanI2V(checkpoint, CPU)
+    transformer = model.build_transformer()
+    model.load_weights(transformer.layers(), dtype, CPU, linears)
+    return transformer
+
+
+@pytest.fixture(scope="module")
+def folder(golden, tmp_path_factory):
+    path = tmp_path_factory.mktemp("golden")
+    write_checkpoint(path, golden_weights(golden))
+    return path
+
+
+def velocity(transformer, golden):
+    i = golden("wan_i2v_dit").inputs
+    text = torch.zeros(2, 512, 64)
+    text[0, :17], text[1, :40] = i["context_0"], i["context_1"]
+    with torch.no_grad():
+        return transformer(i["x"], i["t"], i["y"], text, i["clip_fea"])
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_only_the_blocks_linears_are_stored_in_8_bits(folder, base):
+    transformer = loaded(WanCheckpoint.open(folder), base, E4M3)
+    dtypes = {name: parameter.dtype for name, parameter in transformer.named_parameters()}
+    assert {name for name, dtype in dtypes.items() if dtype == E4M3} == LARGE
+    others = {name: dtype for name, dtype in dtypes.items() if name not in LARGE}
+    assert {dtype for name, dtype in others.items() if "norm" in name or "modulation" in name} == {torch.float32}
+    assert {dtype for name, dtype in others.items() if "norm" not in name and "modulation" not in name} == {base}
+
+
+def test_the_output_is_that_of_rounded_weights(folder, golden):
+    """Nothing but the rounding of these weights: the model with the same weights rounded by hand is equal."""
+    stored = velocity(loaded(WanCheckpoint.open(folder), linears=E4M3), golden)
+    by_hand = loaded(WanCheckpoint.open(folder))
+    state = {n: rounded(w) if n in LARGE else w for n, w in by_hand.state_dict().items()}
+    by_hand.load_state_dict(state, assign=True)
+    assert torch.equal(stored, velocity(by_hand, golden))
+    exact = golden("wan_i2v_dit").outputs["velocity"]
+    assert 0 < (stored - exact).norm() / exact.norm() < 0.05
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_a_scaled_file_keeps_its_bytes_and_scales(folder, golden, tmp_path, per_row):
+    """Stored in 8 bits it computes exactly what the dequantised file computes, and nothing is rounded twice."""
+    state = golden("wan_i2v_dit").weights
+    for name in LARGE:
+        scale = state[name].abs().amax(1, keepdim=True) / 448 if per_row else state[name].abs().max() / 448
+        state[name] = (state[name] / scale).to(E4M3)
+        state[name.removesuffix("weight") + "scale_weight"] = scale
+    save_file(state, tmp_path / "scaled.safetensors")
+    checkpoint = WanCheckpoint.open(folder, transformer_path=tmp_path / "scaled.safetensors")
+    assert checkpoint.config == GOLDEN_CONFIG
+    kept, dequantised = loaded(checkpoint, linears=E4M3), loaded(checkpoint)
+    name = "blocks.1.ffn.0.weight"
+    assert torch.equal(kept.state_dict()[name].view(torch.uint8), state[name].view(torch.uint8))
+    assert dequantised.state_dict()[name].dtype == torch.float32
+    assert torch.equal(velocity(kept, golden), velocity(dequantised, golden))
+
+
+def test_a_plain_8_bit_file_keeps_its_bytes_whatever_its_kind(folder, golden, tmp_path):
+    state = golden("wan_i2v_dit").weights
+    state |= {name: state[name].to(torch.float8_e5m2) for name in LARGE}
+    save_file(state, tmp_path / "plain.safetensors")
+    checkpoint = WanCheckpoint.open(folder, transformer_path=tmp_path / "plain.safetensors")
+    kept = loaded(checkpoint, linears=E4M3)
+    assert {kept.state_dict()[name].dtype for name in LARGE} == {torch.float8_e5m2}
+    assert torch.equal(velocity(kept, golden), velocity(loaded(checkpoint), golden))

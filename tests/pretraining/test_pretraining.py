@@ -1,0 +1,217 @@
+"""The pieces that pretraining stands on: optimizer, VAE start and evaluation, encoders, resuming, export."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.errors import UserError
+from loraedit_ext.evaluation.captions import VOCABULARY
+from models.wan.checkpoint import WanCheckpoint
+from models.wan.save import write_checkpoint
+from pretraining import clips, encoders, export, freeze, latents, loop, transformer, vae, wholeclip
+from pretraining.conditioning import Conditioner
+from pretraining.muon import Muon, orthogonalise, split_parameters
+
+
+@pytest.fixture(scope="module")
+def start() -> vae.AutoencoderKLWan:
+    return vae.build().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def videos() -> torch.Tensor:
+    return clips.held_out_videos(2)[:, :, :5, :32, 16:48].contiguous()
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (24, 100), (100, 24), (16, 400), (3, 20, 30)])
+def test_orthogonalise_flattens_the_spectrum_and_keeps_the_directions(shape: tuple[int, ...]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    result = orthogonalise(matrix)
+    cores = u.mT @ result @ v.mT
+    values = cores.diagonal(dim1=-2, dim2=-1)
+    assert values.min() > 0.4
+    assert values.max() < 1.35
+    assert (cores - torch.diag_embed(values)).abs().max() < 0.06
+
+
+def test_muon_takes_matrices_and_steps_by_the_learning_rate() -> None:
+    layer = torch.nn.Conv3d(16, 32, 3)
+    matrices, rest = split_parameters(layer)
+    assert [tuple(weight.shape) for weight in matrices] == [(32, 16, 3, 3, 3)]
+    assert [tuple(weight.shape) for weight in rest] == [(32,)]
+    before = layer.weight.detach().clone()
+    layer(torch.randn(2, 16, 4, 5, 5)).square().mean().backward()
+    Muon(matrices, lr=1e-2).step()
+    change = (layer.weight - before).flatten(1)
+    norms = torch.linalg.svdvals(change) / (1e-2 * 0.2 * math.sqrt(16 * 27))
+    assert norms.max() < 1.35
+    assert (change * layer.weight.grad.flatten(1)).sum() < 0  # downhill
+
+
+def test_whole_clip_evaluation_equals_the_chunked_library(start: vae.AutoencoderKLWan, videos: torch.Tensor) -> None:
+    mean, logvar = wholeclip.encode_moments(start, videos)
+    posterior = start.encode(videos).latent_dist
+    torch.testing.assert_close(mean, posterior.mean, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(logvar, posterior.logvar, atol=1e-5, rtol=1e-4)
+    output = wholeclip.decode(start, mean).clamp(-1, 1)
+    torch.testing.assert_close(output, start.decode(mean).sample, atol=1e-4, rtol=1e-4)
+
+
+def test_structured_start_is_nearly_a_block_average_before_training(start: vae.AutoencoderKLWan) -> None:
+    """Compared with 8x8 averages of the same pictures, because an absolute bound moves with the scenes."""
+    videos = clips.held_out_videos(8)[:, :, :5].contiguous()
+    average = torch.nn.functional.avg_pool3d(videos, (1, 8, 8))
+    blocks = vae.psnr(torch.nn.functional.interpolate(average, scale_factor=(1, 8, 8)), videos)
+    mean, _ = wholeclip.encode_moments(start, videos)
+    assert vae.psnr(wholeclip.decode(start, mean), videos) > blocks - 4  # a random start: 13 below
+
+
+def test_freezing_normalises_the_latents_and_keeps_the_pictures(
+    start: vae.AutoencoderKLWan, videos: torch.Tensor
+) -> None:
+    frozen = vae.AutoencoderKLWan(base_dim=vae.BASE_DIM)
+    frozen.load_state_dict(start.state_dict())
+    before = wholeclip.decode(frozen, wholeclip.encode_moments(frozen, videos)[0])
+    measured, _ = wholeclip.encode_moments(frozen, videos)
+    freeze.normalise(frozen, measured.mean((0, 2, 3, 4)), measured.std((0, 2, 3, 4)))
+    mean, logvar = wholeclip.encode_moments(frozen, videos)
+    shift, scale = latents.statistics(frozen)
+    unit = (mean - shift) / scale
+    torch.testing.assert_close(unit.mean((0, 2, 3, 4)), torch.zeros(16), atol=1e-3, rtol=0)
+    torch.testing.assert_close(unit.std((0, 2, 3, 4)), torch.ones(16), atol=1e-3, rtol=0)
+    torch.testing.assert_close(wholeclip.decode(frozen, mean), before, atol=1e-3, rtol=0)
+    _, old = wholeclip.encode_moments(start, videos)
+    spread = scale / measured.std((0, 2, 3, 4)).view_as(scale)
+    torch.testing.assert_close(logvar, old + 2 * spread.log(), atol=1e-3, rtol=1e-3)
+
+
+def test_training_and_held_out_seeds_never_meet() -> None:
+    rng = clips.np.random.default_rng(0)
+    assert min(clips.training_seed(rng) for _ in range(1000)) >= clips.HELD_OUT
+
+
+def test_conditions_are_frame_zero_then_grey(videos: torch.Tensor) -> None:
+    condition = clips.first_frame_condition(videos)
+    assert torch.equal(condition[:, :, 0], videos[:, :, 0])
+    assert not condition[:, :, 1:].any()
+    y = transformer.conditioning(torch.randn(2, 16, 4, 8, 8))
+    assert y[:, :4, 0].eq(1).all()
+    assert y[:, :4, 1:].eq(0).all()
+
+
+def test_tokenizer_knows_the_vocabulary_and_falls_back_to_characters() -> None:
+    tokenizer = encoders.build_tokenizer()
+    for word in (*VOCABULARY, encoders.TRIGGER):
+        assert len(tokenizer.encode(word).ids) == 2, word  # the word and the end token
+    foreign = tokenizer.encode("a zebra ☃")
+    assert tokenizer.token_to_id("<unk>") not in foreign.ids
+    assert tokenizer.decode(foreign.ids) == "a zebra ☃"
+
+
+def test_features_tell_words_order_and_pictures_apart(videos: torch.Tensor) -> None:
+    conditioner = Conditioner()
+    first = conditioner.text("red ball, blue disc")
+    for other in ("blue ball, red disc", "blue disc, red ball", "red ball, blue disc, camera still"):
+        difference = (conditioner.text(other) - first).norm() / first.norm()
+        assert difference > 0.3, other
+    assert first.shape == (encoders.TEXT_LEN, encoders.TEXT_DIM)
+    one, two = conditioner.image(videos[:, :, 0])
+    assert one.shape == (17, encoders.IMAGE_DIM)
+    assert (one - two).norm() / one.norm() > 0.3
+
+
+def test_training_forward_equals_the_models_and_reaches_every_parameter() -> None:
+    model = transformer.build(replace(transformer.tiny_config(), num_layers=1))
+    torch.nn.init.normal_(model.head.head.weight)
+    noise = torch.Generator().manual_seed(0)
+    shapes = ((2, 16, 2, 4, 4), (2,), (2, 20, 2, 4, 4), (2, 32, encoders.TEXT_DIM), (2, 17, encoders.IMAGE_DIM))
+    inputs = [torch.randn(shape, generator=noise) for shape in shapes]
+    output = transformer.velocity(model, *inputs)
+    torch.testing.assert_close(output, model(*inputs))
+    output.square().mean().backward()
+    # A key's bias shifts all logits of a query alike, so that its gradient is zero up to rounding.
+    idle = [name for name, weight in model.named_parameters() if weight.grad is None]
+    assert not idle
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory, start: vae.AutoencoderKLWan) -> Path:
+    folder = tmp_path_factory.mktemp("latents")
+    conditioner = Conditioner()
+
+    def encode(scenes: list) -> latents.LatentPool:
+        return latents.encode_scenes(start, conditioner, scenes[:4], latents.FUTURES)
+
+    latents.fill(folder, encode, shards=range(2), minutes=None)
+    return folder
+
+
+def options(pool: Path, out: Path, steps: int) -> transformer.Options:
+    return transformer.Options(out=out, steps=steps, latents=pool, batch=2)
+
+
+def test_a_resumed_transformer_run_equals_the_uninterrupted_one(pool: Path, tmp_path: Path) -> None:
+    whole = transformer.TransformerTraining(options(pool, tmp_path / "whole", 4))
+    loop.run(whole)
+    part = transformer.TransformerTraining(options(pool, tmp_path / "parts", 4))
+    (tmp_path / "parts").mkdir()
+    for _ in range(2):
+        part.train_step()
+    loop.save(part)
+    rest = transformer.TransformerTraining(options(pool, tmp_path / "parts", 4))
+    loop.run(rest)
+    assert rest.step == whole.step == 4
+    for name, value in whole.average.state_dict().items():
+        assert torch.equal(value, rest.average.state_dict()[name]), name
+
+
+def test_a_resumed_vae_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
+    made = vae.Options(out=tmp_path, steps=100)  # begins with single images
+    whole, part = vae.VAETraining(made), vae.VAETraining(made)
+    for _ in range(3):
+        expected = whole.train_step()
+    part.train_step()
+    loop.save(part)
+    rest = vae.VAETraining(made)
+    loop.resume(rest)
+    for _ in range(2):
+        found = rest.train_step()
+    assert found == expected
+    assert all(torch.equal(a, b) for a, b in zip(whole.vae.parameters(), rest.vae.parameters(), strict=True))
+
+
+def test_decoder_only_training_leaves_the_encoder_alone(tmp_path: Path) -> None:
+    training = vae.VAETraining(vae.Options(out=tmp_path, decoder_only=True))
+    trained = {id(weight) for weight in training.trainable}
+    frozen = [*training.vae.encoder.parameters(), *training.vae.quant_conv.parameters()]
+    assert not trained & {id(weight) for weight in frozen}
+    assert trained == {id(weight) for weight in training.vae.parameters()} - {id(weight) for weight in frozen}
+
+
+def test_an_empty_pool_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"pretraining\.latents"):
+        transformer.TransformerTraining(options(tmp_path, tmp_path, 1))
+
+
+def test_an_export_loads_like_any_checkpoint(start: vae.AutoencoderKLWan, videos: torch.Tensor, tmp_path: Path) -> None:
+    model = transformer.build(transformer.tiny_config())
+    write_checkpoint(tmp_path, export.assemble(start.state_dict(), model.state_dict()), shards=1)
+    checkpoint = WanCheckpoint.open(tmp_path)
+    assert checkpoint.config == transformer.tiny_config()
+    tensors = checkpoint.transformer_tensors()
+    for name, value in model.state_dict().items():
+        assert torch.equal(tensors[name], value.bfloat16()), name
+    clip = videos[:1]
+    loaded = checkpoint.load_vae().encode(clip)
+    torch.testing.assert_close(loaded, latents.encode_normalised(start, clip), atol=0.1, rtol=0.1)
+    prompt = "red ball, on wavy blue background"
+    features = checkpoint.load_text_encoder().encode(prompt)
+    assert torch.equal(features, Conditioner().text(prompt)[: len(features)])
+    image = checkpoint.load_image_encoder().encode(clip[0, :, 0])
+    torch.testing.assert_close(image, Conditioner().image(clip[:, :, 0])[0])
