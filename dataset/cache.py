@@ -7,11 +7,11 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from common.files import hash_json, write_atomic
@@ -20,6 +20,7 @@ from dataset.triple import EncodedTriple
 CACHE_FORMAT = 1
 """Version of the entries; part of every key, so a change of it makes all entries misses."""
 _CONDITION = "condition."
+_LENGTH = 8  # bytes of a safetensors file that say how long its JSON head is
 _log = logging.getLogger(__name__)
 
 
@@ -39,24 +40,25 @@ class LatentCache:
 
     def __contains__(self, identity: dict[str, Any]) -> bool:
         """Whether there is an entry; reads its head only, `get` may still find it damaged."""
-        path = self.path(identity)
         try:
-            with safe_open(path, framework="pt") as file:
-                return _matches(file.metadata(), identity)
-        except (FileNotFoundError, SafetensorError):
+            with self.path(identity).open("rb") as file:
+                return _matches(_metadata(file), identity)
+        except (FileNotFoundError, ValueError):
             return False
 
     def get(self, identity: dict[str, Any]) -> EncodedTriple | None:
         """The entry of an identity, or None; a damaged one is removed with a warning and is None too."""
         path = self.path(identity)
         try:
-            found = path.stat()
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            # One descriptor for head and tensors: another process may replace the entry at any moment.
+            with path.open("rb") as file:
+                found = os.fstat(file.fileno())
+                metadata = _metadata(file)
+                file.seek(0)
+                tensors = load(file.read())
         except FileNotFoundError:
             return None
-        except SafetensorError as error:
+        except (SafetensorError, ValueError) as error:
             return _discard(path, found, f"is truncated or damaged ({error})")
         if not _matches(metadata, identity):
             return _discard(path, found, "belongs to another identity")
@@ -95,8 +97,18 @@ def _text(identity: dict[str, Any]) -> str:
     return json.dumps(_full(identity), sort_keys=True, default=str)
 
 
-def _matches(metadata: dict[str, str] | None, identity: dict[str, Any]) -> bool:
-    return (metadata or {}).get("identity") == _text(identity)
+def _metadata(file: BinaryIO) -> dict[str, str]:
+    """The metadata of an open safetensors file, {} if it has none; ValueError if there is no such head."""
+    size = int.from_bytes(file.read(_LENGTH), "little")
+    if size > os.fstat(file.fileno()).st_size:
+        raise ValueError("no safetensors head")
+    head = json.loads(file.read(size))
+    metadata = head.get("__metadata__") if isinstance(head, dict) else None
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _matches(metadata: dict[str, str], identity: dict[str, Any]) -> bool:
+    return metadata.get("identity") == _text(identity)
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

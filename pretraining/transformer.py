@@ -106,10 +106,12 @@ class Options(loop.Options):
     Attributes:
         latents: folder of shards that `pretraining.latents` fills.
         batch: clips a step.
+        start: weights to begin from instead of fresh ones.
     """
 
     latents: Path = Path()
     batch: int = 16
+    start: Path | None = None
 
 
 class TransformerTraining(loop.Training):
@@ -121,6 +123,8 @@ class TransformerTraining(loop.Training):
         self.latents, self.batch = options.latents, options.batch
         self.compute = torch.compile(_velocity) if options.compile else _velocity
         model = build(tiny_config(), options.seed)
+        if options.start:
+            model.load_state_dict(torch.load(options.start, weights_only=True, map_location="cpu"))
         self.known: set[str] = set()
         self.average = copy.deepcopy(model).requires_grad_(False).to(options.device)
         self.silence = Conditioner().text("")
@@ -191,6 +195,7 @@ def main() -> None:
     parser = loop.parser(__doc__, loop.Options(Path(), steps=12000, lr=2e-3))
     parser.add_argument("--latents", type=Path, required=True, help="folder of encoded clips")
     parser.add_argument("--batch", type=int, default=Options.batch)
+    parser.add_argument("--start", type=Path, help="weights to begin from (pretraining.export --unpack)")
     options = Options(**vars(parser.parse_args()))
     loop.one_thread(options.device)
     loop.run(TransformerTraining(options))

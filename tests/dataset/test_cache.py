@@ -131,6 +131,23 @@ def test_the_partial_file_of_a_killed_process_is_no_entry(tmp_path):
     assert cache.get(IDENTITY) is None
 
 
+def test_an_entry_replaced_while_it_is_read_is_whole(tmp_path, monkeypatch):
+    """Head and tensors come from one open file: what another process puts in its place belongs to the next reader."""
+    cache = LatentCache(tmp_path)
+    cache.put(IDENTITY, sample(1.0))
+    read_metadata = cache_module._metadata
+
+    def replaced_behind_the_head(file):
+        metadata = read_metadata(file)
+        cache.put(IDENTITY, sample(2.0))
+        return metadata
+
+    monkeypatch.setattr(cache_module, "_metadata", replaced_behind_the_head)
+    assert cache.get(IDENTITY).condition["scale"].item() == 1.0
+    monkeypatch.undo()
+    assert cache.get(IDENTITY).condition["scale"].item() == 2.0
+
+
 def _write_and_read(folder: object, value: float, rounds: int, answers: multiprocessing.Queue) -> None:
     torch.set_num_threads(1)
     cache = LatentCache(folder)
