@@ -5,6 +5,7 @@ Axes: F pixel frames, H W pixels, T latent frames, h w latent cells, C latent ch
 
 from __future__ import annotations
 
+import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from models.checkpoint import Tensors, load_into, materialise
 from models.float8 import FLOAT8, quantised, replace_linears
 from models.layers import PipelineLayer
 from models.lora_names import LoraNames
+
+_log = logging.getLogger(__name__)
 
 TIMESTEPS = 1000.0
 """Both families embed the noise level t in [0, 1] as a timestep in [0, 1000]."""
@@ -108,8 +111,19 @@ class I2VModel(ABC):
     def encoder(self, name: str, load: Callable[[torch.device], Any]) -> Any:
         """The frozen encoder of that name, loaded when first asked for."""
         if name not in self._encoders:
-            self._encoders[name] = load(self.device)
+            self._encoders[name] = self._load_where_it_fits(name, load)
         return self._encoders[name]
+
+    def _load_where_it_fits(self, name: str, load: Callable[[torch.device], Any]) -> Any:
+        """On the model's device or, if that is a GPU without room for it (umT5 takes 11 GB, LLaVA 16), on the CPU."""
+        try:
+            return load(self.device)
+        except torch.OutOfMemoryError:
+            if self.device.type == "cpu":
+                raise
+        torch.cuda.empty_cache()
+        _log.warning("The %s encoder does not fit into the GPU's free memory; it runs on the CPU, once, and is cached.", name)
+        return load(torch.device("cpu"))
 
     @property
     def vae(self) -> Any:
