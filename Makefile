@@ -38,7 +38,7 @@ demo: $(STAMP) $(if $(wildcard $(TINY)/config.json),,$(RANDOM)/config.json)
 		--truth examples/demo/truth --out runs/demo/result/evaluation
 	@echo
 	@echo "Numbers and pictures: runs/demo/result/evaluation/report.html (open it in a browser)."
-	@echo "Look at runs/demo/result/comparison.mp4: source, mask, edited. Edited alone: runs/demo/result/edited.mp4."
+	@echo "Look at runs/demo/result/comparison.mp4, or as one picture contact_sheet.png: source, mask, edited. Alone: edited.mp4."
 	@test -f $(TINY)/config.json || echo "The checkpoint is random, so the region holds noise; everything else is real."
 
 test: $(STAMP)

@@ -1,4 +1,4 @@
-"""What an edit leaves behind: edited.mp4 or PNG frames, comparison.mp4, generated.mkv, and edited.json.
+"""What an edit leaves behind: edited.mp4 or PNG frames, comparison.mp4, contact_sheet.png, generated.mkv, and edited.json.
 
 generated.mkv holds what the model made, before compositing and without loss; edited.json all that is needed to make it
 again.
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from common.files import hash_file, write_json_atomic
+from dataset.images import write_png
 from dataset.job import EditJob
 from dataset.video_writer import write_images, write_lossless, write_mp4
 from loraedit_ext.config import RunConfig
@@ -21,8 +22,11 @@ from loraedit_ext.lora import LoraFile
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "deepspeed")
 EDITED_VIDEO, EDITED_FRAMES, GENERATED, RECORD = "edited.mp4", "edited", "generated.mkv", "edited.json"
+COMPARISON, SHEET = "comparison.mp4", "contact_sheet.png"
+SHEET_FRAMES = 6
 GAP = 8
 """Pixels between the pictures of a comparison."""
+_WHITE = 255
 
 
 def write(folder: Path, edit: Edit, job: EditJob, config: RunConfig, adapter: LoraFile) -> list[str]:
@@ -38,18 +42,33 @@ def write(folder: Path, edit: Edit, job: EditJob, config: RunConfig, adapter: Lo
         }  # fmt: skip
         notes = write_mp4(folder / EDITED_VIDEO, edit.frames, job.fps, times=times, **audio)
         lines += [str(folder / EDITED_VIDEO), *notes]
-    write_mp4(folder / "comparison.mp4", side_by_side(job, edit), job.fps, times=times)
+    write_mp4(folder / COMPARISON, side_by_side(panels(job, edit)), job.fps, times=times)
+    write_png(folder / SHEET, contact_sheet(panels(job, edit)))
     write_lossless(folder / GENERATED, edit.generated, job.fps)
     write_json_atomic(folder / RECORD, record(edit, job, config, adapter))
-    return [*lines, *(str(folder / name) for name in ("comparison.mp4", GENERATED, RECORD))]
+    return [*lines, *(str(folder / name) for name in (COMPARISON, SHEET, GENERATED, RECORD))]
 
 
-def side_by_side(job: EditJob, edit: Edit) -> np.ndarray:
-    """Source, mask laid over it, and result next to each other: uint8 (F, H, 3W + gaps, 3)."""
+def panels(job: EditJob, edit: Edit) -> list[np.ndarray]:
+    """Source, mask laid over it, and result: uint8 (F, H, W, 3) each."""
     grey = (job.grey_mask[..., None] / 255.0) * 0.5
     overlay = np.rint(job.frames * (1 - grey) + np.array([255, 0, 80]) * grey).astype(np.uint8)
-    gap = np.full((*job.frames.shape[:2], GAP, 3), 255, np.uint8)
-    return np.concatenate([job.frames, gap, overlay, gap, edit.frames], axis=2)
+    return [job.frames, overlay, edit.frames]
+
+
+def side_by_side(videos: list[np.ndarray]) -> np.ndarray:
+    """Videos uint8 (F, H, W, 3) next to each other: (F, H, sum of W + gaps, 3)."""
+    gap = np.full((*videos[0].shape[:2], GAP, 3), _WHITE, np.uint8)
+    return np.concatenate([part for video in videos for part in (video, gap)][:-1], axis=2)
+
+
+def contact_sheet(videos: list[np.ndarray], count: int = SHEET_FRAMES) -> np.ndarray:
+    """One row for each video, with up to `count` frames evenly spread, first and last among them: uint8 (H', W', 3)."""
+    frames = len(videos[0])
+    chosen = np.unique(np.linspace(0, frames - 1, min(frames, count)).round().astype(int))
+    rows = [side_by_side([video[index : index + 1] for index in chosen])[0] for video in videos]
+    gap = np.full((GAP, rows[0].shape[1], 3), _WHITE, np.uint8)
+    return np.concatenate([part for row in rows for part in (row, gap)][:-1], axis=0)
 
 
 def record(edit: Edit, job: EditJob, config: RunConfig, adapter: LoraFile) -> dict:

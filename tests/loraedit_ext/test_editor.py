@@ -11,7 +11,7 @@ import torch
 from common.errors import UserError
 from dataset.images import read_image
 from dataset.video import read_video
-from loraedit_ext import launch, sampling
+from loraedit_ext import launch, results, sampling
 from loraedit_ext.config import load_config
 
 
@@ -96,10 +96,21 @@ def test_mp4_and_comparison_have_the_sources_frames_and_rate(trained):
     edited, comparison = read_video(out / "edited.mp4"), read_video(out / "comparison.mp4")
     assert (edited.total, edited.fps, edited.size) == (9, 16, (64, 64))
     assert comparison.size == (3 * 64 + 2 * 8, 64)
+    assert read_image(out / "contact_sheet.png").shape == (3 * 64 + 2 * 8, 6 * 64 + 5 * 8, 3)
     record = json.loads((out / "edited.json").read_text())
     assert record["lora"]["metadata"]["steps"] == 6
     assert record["config"]["edit"]["seed"] == 42
     assert record["job"]["hashes"].keys() >= {"source", "mask"}
+
+
+def test_the_contact_sheet_shows_source_mask_and_result_from_first_to_last_frame():
+    ramp = np.broadcast_to(np.arange(13, dtype=np.uint8)[:, None, None, None], (13, 4, 6, 3))
+    sheet = results.contact_sheet([ramp, ramp + 100], count=4)
+    assert sheet.shape == (4 + 8 + 4, 4 * 6 + 3 * 8, 3)
+    assert sheet[0, ::14, 0].tolist() == [0, 4, 8, 12]
+    assert sheet[-1, ::14, 0].tolist() == [100, 104, 108, 112]
+    assert (sheet[4:12] == 255).all()
+    assert results.contact_sheet([ramp[:1]]).shape == (4, 6, 3)
 
 
 def test_no_lora_is_told_with_the_place_that_was_searched(edit_folder):
