@@ -12,8 +12,9 @@ import torch
 from common.errors import ErrorCollector, UserError
 from models.checkpoint import Tensors, open_tensors, read_config, slots, stored_dtype
 from models.hunyuan.config import HunyuanConfig
-from models.hunyuan.encoders import HunyuanTextEncoder, HunyuanVAE
-from models.hunyuan.keys import from_diffusers
+from models.hunyuan.encoders import HunyuanTextEncoder, HunyuanVAE, vae_layout
+from models.hunyuan.keys import from_comfyui, from_diffusers
+from models.hunyuan.single_files import STEMS, find_vision, is_whole_llava, missing_vision, needs_config
 from models.hunyuan.transformer import HunyuanTransformer
 from models.parts import TRANSFORMER_STEM, config_of, file_identity, find_part, listing, part_identity, within
 from models.scaled_fp8 import dequantised
@@ -24,9 +25,12 @@ VAE_FILE = f"{RELEASE}/vae/pytorch_model.pt"
 LLAVA_FOLDER = "text_encoder_i2v"
 CLIP_FOLDER = "text_encoder_2"
 
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "model.")
 _DIFFUSERS_MARKER = "x_embedder.proj.weight"
+_COMFYUI_MARKER = "double_blocks.0.img_attn.qkv.weight"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+_CLIP_TOKENIZER_FILES = ("vocab.json",)
+Layout = Literal["original", "diffusers", "comfyui"]
 _PROCESSOR_FILES = ("preprocessor_config.json",)
 
 
@@ -42,13 +46,16 @@ class HunyuanTransformerFiles:
         return dequantised(tensors)
 
     @property
-    def layout(self) -> Literal["original", "diffusers"]:
-        """Naming scheme of the transformer's file."""
-        return "diffusers" if _DIFFUSERS_MARKER in self._transformer else "original"
+    def layout(self) -> Layout:
+        """Naming scheme of the transformer's file; Kijai's files have the original one."""
+        if _DIFFUSERS_MARKER in self._transformer:
+            return "diffusers"
+        return "comfyui" if _COMFYUI_MARKER in self._transformer else "original"
 
     @cached_property
     def _in_original_names(self) -> Tensors:
-        return from_diffusers(self._transformer) if self.layout == "diffusers" else self._transformer
+        rename = {"diffusers": from_diffusers, "comfyui": from_comfyui}.get(self.layout)
+        return rename(self._transformer) if rename else self._transformer
 
     def transformer_tensors(self) -> Tensors:
         """The transformer's weights in the original names, checked for completeness against `config`.
@@ -74,15 +81,17 @@ class HunyuanTransformerFiles:
 class HunyuanCheckpoint(HunyuanTransformerFiles):
     """Where the parts of a checkpoint lie; opens and loads each when asked.
 
-    `transformer` and `vae` are files or folders with weights; the others are folders in transformers' layout.
+    Every part is a file, or a folder with weights; the tokenizers and the image processor are folders.
     """
 
     vae: Path
     llava: Path
     llava_tokenizer: Path
-    image_processor: Path
+    image_processor: Path | None
     clip: Path
     clip_tokenizer: Path
+    llava_vision: Path | None = None
+    """The file with LLaVA's vision tower, where `llava` is the language model alone."""
 
     @classmethod
     def open(
@@ -92,8 +101,9 @@ class HunyuanCheckpoint(HunyuanTransformerFiles):
         """Find the parts in `ckpt_path` (original or diffusers layout); a part's own path takes precedence.
 
         Args:
-            llm_path: folder of LLaVA-LLaMA-3 with its tokenizer and image processor.
-            clip_path: folder of CLIP-L with its tokenizer.
+            llm_path: folder of LLaVA-LLaMA-3 with its tokenizer and image processor; or the file of its language model,
+                with that of the vision tower beside it or in the neighbouring folder `clip_vision`.
+            clip_path: folder of CLIP-L with its tokenizer, or its file.
 
         Raises:
             UserError: parts that cannot be found, all in one message with what was looked for and is there.
@@ -109,24 +119,33 @@ class HunyuanCheckpoint(HunyuanTransformerFiles):
             "llava": find_part("llm_path", llm_path, within(root, LLAVA_FOLDER, "text_encoder"), problems),
             "clip": find_part("clip_path", clip_path, within(root, CLIP_FOLDER), problems),
         }
-        for part, owner, names, folder in (
-            ("llava_tokenizer", found["llava"], _TOKENIZER_FILES, "tokenizer"),
-            ("image_processor", found["llava"], _PROCESSOR_FILES, "image_processor"),
-            ("clip_tokenizer", found["clip"], _TOKENIZER_FILES, "tokenizer_2"),
-        ):
-            if owner is not None:
-                found[part] = _beside(owner, part, names, folder, problems)
+        if (llava := found["llava"]) is not None and llava.exists():
+            llavas = _around(llava, "tokenizer", within(root, LLAVA_FOLDER))
+            found["llava_tokenizer"] = _first(
+                "llava_tokenizer", llavas, _TOKENIZER_FILES, problems, "xtuner/llava-llama-3-8b-v1_1-transformers"
+            )
+            found |= _llava_parts(llava, root, problems)
+        if (clip := found["clip"]) is not None and clip.exists():
+            # A file's folder may hold LLaVA's tokenizer.json; CLIP's is told by its vocab.json.
+            names = _TOKENIZER_FILES if clip.is_dir() else _CLIP_TOKENIZER_FILES
+            clips = _around(clip, "tokenizer_2", within(root, CLIP_FOLDER))
+            found["clip_tokenizer"] = _first("clip_tokenizer", clips, names, problems, "openai/clip-vit-large-patch14")
         if problems.messages:
             there = f"\n{root} holds: {listing(root)}" if root else ""
             raise UserError("HunyuanVideo checkpoint incomplete:\n  - " + "\n  - ".join(problems.messages) + there)
-        return cls(**{part: path for part, path in found.items() if path is not None})
+        return cls(**found)  # type: ignore[arg-type]
 
     def describe_layout(self) -> str:
-        """Naming scheme and stored dtype of the transformer and the VAE, in one line; reads headers only."""
-        return (
-            f"transformer {self.layout} ({stored_dtype(self._transformer)}), "
-            f"vae ({stored_dtype(open_tensors(self.vae))})"
-        )
+        """Naming scheme and stored dtype of each part, in one line; reads headers only."""
+        vae, clip = open_tensors(self.vae), open_tensors(self.clip, STEMS)
+        llava = open_tensors(self.llava, STEMS)
+        apart = self.llava_vision is not None and self.llava_vision != self.llava
+        parts = {
+            "transformer": (self.layout, self._transformer), "vae": (vae_layout(vae), vae),
+            "llava": ("in two files" if apart else "transformers" if is_whole_llava(self.llava) else "single file", llava),
+            "clip": ("single file" if needs_config(self.clip) else "transformers", clip),
+        }
+        return ", ".join(f"{part} {names} ({stored_dtype(tensors)})" for part, (names, tensors) in parts.items())
 
     def load_vae(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> HunyuanVAE:
         beside = self.vae if self.vae.is_dir() else self.vae.parent
@@ -137,30 +156,63 @@ class HunyuanCheckpoint(HunyuanTransformerFiles):
     ) -> HunyuanTextEncoder:
         return HunyuanTextEncoder.load(
             self.llava, self.llava_tokenizer, self.image_processor, self.clip, self.clip_tokenizer,
-            self.config.image_interleave, device, dtype,
+            self.config.image_interleave, device, dtype, self.llava_vision,
         )
 
     def identity(self) -> dict[str, list[dict[str, Any]]]:
         """What the encoders' outputs depend on, as JSON values for a cache key: per part its files."""
+        apart = self.llava_vision is not None and self.llava_vision != self.llava
+        vision = part_identity(self.llava_vision) if apart else []
+        processor = _small_files(self.image_processor, _PROCESSOR_FILES) if self.image_processor else []
         return {
-            "vae": part_identity(self.vae), "llava": part_identity(self.llava), "clip": part_identity(self.clip),
+            "vae": part_identity(self.vae), "llava": part_identity(self.llava) + vision,
+            "clip": part_identity(self.clip),
             "llava_tokenizer": _small_files(self.llava_tokenizer, _TOKENIZER_FILES),
-            "image_processor": _small_files(self.image_processor, _PROCESSOR_FILES),
+            "image_processor": processor,
             "clip_tokenizer": _small_files(self.clip_tokenizer, _TOKENIZER_FILES),
         }
 
 
-def _beside(
-    part: Path, what: str, names: tuple[str, ...], folder: str, problems: ErrorCollector
+def _llava_parts(llava: Path, root: Path | None, problems: ErrorCollector) -> dict[str, Path | None]:
+    """Where LLaVA's image processor is, and its vision tower if it is a file of its own.
+
+    A whole folder must have its image processor; for single files the released one stands in.
+    """
+    processors = _around(llava, "image_processor", within(root, LLAVA_FOLDER))
+    if is_whole_llava(llava):
+        processor = _first(
+            "image_processor", processors, _PROCESSOR_FILES, problems, "xtuner/llava-llama-3-8b-v1_1-transformers"
+        )
+        return {"image_processor": processor}
+    with problems.catch():
+        vision = find_vision(llava)
+        if vision is None:
+            problems.add(missing_vision(llava))
+        return {"image_processor": _holding(processors, _PROCESSOR_FILES), "llava_vision": vision}
+    return {}
+
+
+def _around(part: Path, neighbour: str, others: list[Path]) -> list[Path]:
+    """Folders that may hold what belongs to a part: its own, its neighbour, and those of the checkpoint's folder."""
+    near = part if part.is_dir() else part.parent
+    inner = [] if part.is_dir() else [near / neighbour]
+    rest = [other.parent / neighbour for other in others]
+    return list(dict.fromkeys([near, *inner, near.parent / neighbour, *others, *rest]))
+
+
+def _holding(folders: list[Path], names: tuple[str, ...]) -> Path | None:
+    return next((folder for folder in folders if any((folder / name).is_file() for name in names)), None)
+
+
+def _first(
+    what: str, folders: list[Path], names: tuple[str, ...], problems: ErrorCollector, source: str
 ) -> Path | None:
-    """The folder with one of the files `names`: the part's own, or its neighbour of that name."""
-    candidates = [part, part.parent / folder]
-    for candidate in candidates:
-        if any((candidate / name).is_file() for name in names):
-            return candidate
-    looked = " or ".join(str(path) for path in candidates)
-    problems.add(f"{what}: looked for {' or '.join(names)} in {looked}; not there.")
-    return None
+    """The first folder with one of the files `names`; none is a problem that names where to get them."""
+    found = _holding(folders, names)
+    if found is None:
+        looked = " or ".join(str(path) for path in folders)
+        problems.add(f"{what}: looked for {' or '.join(names)} in {looked}; not there. Copy it from {source}.")
+    return found
 
 
 def _small_files(folder: Path, names: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -17,12 +17,16 @@ from torch import Tensor
 
 from common.errors import UserError
 from models.checkpoint import Tensors, guess_content, load_into
+from models.hunyuan.keys import vae_from_comfyui
+from models.hunyuan.single_files import RELEASED_PROCESSOR, is_whole_llava, load_clip_text, load_llava, needs_config
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoImageToVideoPipeline
 
 SCALING_FACTOR = 0.476986
 NORM_GROUPS = 32
+VAE_PREFIXES = ("vae.", "first_stage_model.")
+_COMFYUI_VAE = "encoder.down.0.block.0.conv1.conv.weight"
 TILE = 256
 """Side in pixels of the VAE's tiles, a quarter of it overlapping, as in the original's scripts."""
 TEXT_TOKENS = 256
@@ -56,7 +60,7 @@ class HunyuanVAE:
         cls, tensors: Tensors, config_json: Mapping[str, Any] | None = None,
         device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
     ) -> HunyuanVAE:
-        """Build the VAE from its weights; the original's names are diffusers'.
+        """Build the VAE from its weights, in the original names, which are diffusers', or in ComfyUI's.
 
         Args:
             config_json: the config.json beside the weights, for the number of norm groups and the scaling factor.
@@ -66,7 +70,7 @@ class HunyuanVAE:
         """
         from diffusers import AutoencoderKLHunyuanVideo
 
-        tensors = tensors.stripped("vae.")
+        tensors = vae_in_original_names(tensors)
         settings = _vae_settings(tensors, config_json or {})
         with torch.device("meta"):
             model = AutoencoderKLHunyuanVideo(**settings)
@@ -88,23 +92,47 @@ class HunyuanVAE:
         return self.model.decode(latents).sample.float().clamp(-1, 1)
 
 
+def vae_layout(tensors: Tensors) -> str:
+    """Naming scheme of a VAE's file."""
+    return "comfyui" if any(name.endswith(_COMFYUI_VAE) for name in tensors) else "original"
+
+
+def vae_in_original_names(tensors: Tensors) -> Tensors:
+    """A VAE's weights without prefix, in the names of the original and of diffusers."""
+    layout = vae_layout(tensors)
+    tensors = tensors.stripped(*VAE_PREFIXES)
+    return vae_from_comfyui(tensors) if layout == "comfyui" else tensors
+
+
 def _vae_settings(tensors: Tensors, config_json: Mapping[str, Any]) -> dict[str, Any]:
     shapes = tensors.shapes
     first = "encoder.conv_in.conv.weight"
     if first not in shapes or "post_quant_conv.weight" not in shapes:
         raise UserError(
             f"{tensors.where}: not a HunyuanVideo VAE: {first} is missing among {len(tensors)} tensors. Expected the "
-            f"content of {{hunyuan-video-i2v-720p/}}vae/pytorch_model.pt. {guess_content(tensors)}"
+            f"content of hunyuan-video-i2v-720p/vae/pytorch_model.pt or hunyuan_video_vae_bf16.safetensors "
+            f"(Kijai's or ComfyUI's names). {guess_content(tensors)}"
         )
     levels = sorted({int(m[1]) for name in shapes if (m := re.match(r"encoder\.down_blocks\.(\d+)\.", name))})
     resnets = {int(m[1]) for name in shapes if (m := re.match(r"encoder\.down_blocks\.0\.resnets\.(\d+)\.", name))}
-    widths = [shapes[f"encoder.down_blocks.{i}.resnets.0.conv1.conv.weight"][0] for i in levels]
+    firsts = [f"encoder.down_blocks.{i}.resnets.0.conv1.conv.weight" for i in levels]
+    if absent := [name for name in firsts if len(shapes.get(name, ())) != 5]:
+        raise UserError(
+            f"{tensors.where}: an incomplete HunyuanVideo VAE, {tensors.spell(absent[0])} is missing or misshapen. Download "
+            "the file again."
+        )
+    widths, groups = [shapes[name][0] for name in firsts], config_json.get("norm_num_groups", NORM_GROUPS)
+    if not widths or any(width % groups for width in widths):
+        raise UserError(
+            f"{tensors.where}: channels {widths} with norms of {groups} groups; expected HunyuanVideo's VAE (128, 256, 512, "
+            "512 with 32)."
+        )
     return {
         "block_out_channels": widths, "layers_per_block": len(resnets),
         "latent_channels": shapes["post_quant_conv.weight"][0],
         "down_block_types": ("HunyuanVideoDownBlock3D",) * len(levels),
         "up_block_types": ("HunyuanVideoUpBlock3D",) * len(levels),
-        "norm_num_groups": config_json.get("norm_num_groups", NORM_GROUPS),
+        "norm_num_groups": groups,
         "scaling_factor": config_json.get("scaling_factor", SCALING_FACTOR),
     }
 
@@ -121,12 +149,15 @@ class HunyuanTextEncoder:
 
     @classmethod
     def load(
-        cls, llava: Path, tokenizer: Path, image_processor: Path, clip: Path, clip_tokenizer: Path,
+        cls, llava: Path, tokenizer: Path, image_processor: Path | None, clip: Path, clip_tokenizer: Path,
         interleave: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float16,
+        llava_vision: Path | None = None,
     ) -> HunyuanTextEncoder:
-        """Load both encoders from folders in transformers' layout, offline.
+        """Load both encoders from folders in transformers' layout or from single files, offline.
 
         Args:
+            image_processor: folder of its configuration; None for the released one.
+            llava_vision: the file of LLaVA's vision tower, where `llava` is the language model alone.
             interleave: keep every n-th image token: 2 for latent concat, 4 for token replace.
             dtype: the release runs both in float16.
 
@@ -142,16 +173,22 @@ class HunyuanTextEncoder:
             PreTrainedTokenizerFast,
         )
 
+        # Reads tokenizer.json verbatim; the Llama class of transformers 5 would rebuild it, wrongly for LLaMA-3.
+        words = _offline(PreTrainedTokenizerFast, tokenizer, padding_side="right")
+        clip_words = _offline(CLIPTokenizer, clip_tokenizer)
         pipeline = HunyuanVideoImageToVideoPipeline(
-            text_encoder=_model(LlavaForConditionalGeneration, llava, device, dtype),
-            # Reads tokenizer.json verbatim; the Llama class of transformers 5 would rebuild it, wrongly for LLaMA-3.
-            tokenizer=_offline(PreTrainedTokenizerFast, tokenizer, padding_side="right"),
+            text_encoder=_model(LlavaForConditionalGeneration, llava, device, dtype) if is_whole_llava(llava)
+            else load_llava(llava, llava_vision or llava, words, device, dtype),
+            tokenizer=words,
             transformer=None, vae=None, scheduler=None,
-            text_encoder_2=_model(CLIPTextModel, clip, device, dtype),
-            tokenizer_2=_offline(CLIPTokenizer, clip_tokenizer),
-            image_processor=_offline(CLIPImageProcessorPil, image_processor),
+            text_encoder_2=load_clip_text(clip, clip_words, device, dtype) if needs_config(clip)
+            else _model(CLIPTextModel, clip, device, dtype),
+            tokenizer_2=clip_words,
+            image_processor=_offline(CLIPImageProcessorPil, image_processor) if image_processor
+            else CLIPImageProcessorPil(**RELEASED_PROCESSOR),
         )
         _check_template(pipeline, tokenizer)
+        _check_clip_tokenizer(pipeline, clip_tokenizer)
         return cls(pipeline, interleave)
 
     @torch.no_grad()
@@ -216,4 +253,14 @@ def _check_template(pipeline: HunyuanVideoImageToVideoPipeline, folder: Path) ->
             f"{folder}: not the tokenizer and picture size of LLaVA-LLaMA-3: the template has {found[0]} tokens "
             f"(expected {expected[0]}), the sixth is {found[1]} (expected {expected[1]}, the image), a picture has "
             f"{found[2]} (expected {expected[2]}). Use xtuner/llava-llama-3-8b-v1_1-transformers."
+        )
+
+
+def _check_clip_tokenizer(pipeline: HunyuanVideoImageToVideoPipeline, folder: Path) -> None:
+    """In ComfyUI's folders two text encoders lie side by side: the other one's tokenizer would yield nonsense in silence."""
+    tokens, vocabulary = len(pipeline.tokenizer_2), pipeline.text_encoder_2.config.vocab_size
+    if tokens != vocabulary:
+        raise UserError(
+            f"{folder}: a tokenizer of {tokens} tokens for a CLIP of {vocabulary}. Expected vocab.json and merges.txt of "
+            "openai/clip-vit-large-patch14."
         )

@@ -1,4 +1,4 @@
-"""Parameter names of the HunyuanVideo transformer: original release on the left, diffusers on the right."""
+"""Parameter names of HunyuanVideo's transformer and VAE: original release on the left, diffusers or ComfyUI on the right."""
 
 from __future__ import annotations
 
@@ -71,31 +71,123 @@ TRANSFORMER = KeyMap([
 ])
 
 
-def from_diffusers(tensors: Tensors) -> Tensors:
-    """A diffusers transformer's weights in the original names: linears fused, shift before scale at the end."""
-    tensors = tensors.renamed(TRANSFORMER.to_left, TRANSFORMER.to_right)
-    fused: dict[str, list[Entry]] = {}
-    for name, entry in tensors.entries.items():
-        fused.setdefault(_without_piece(name), []).append(entry)
-    order = {piece: index for index, piece in enumerate(_PIECES)}
+def _comfyui_stream(stream: str) -> list[tuple[str, str]]:
+    """One of the two streams of a double block: ComfyUI has its Flux modules there (`comfy/ldm/flux/layers.py`)."""
+    left = f"{_DOUBLE}.{stream}"
+    return [
+        (f"{left}_mod.linear", f"{left}_mod.lin"), (f"{left}_attn_qkv", f"{left}_attn.qkv"),
+        *_comfyui_norms(f"{left}_attn_", f"{left}_attn"), (f"{left}_attn_proj", f"{left}_attn.proj"),
+        (f"{left}_mlp.fc1", f"{left}_mlp.0"), (f"{left}_mlp.fc2", f"{left}_mlp.2"),
+    ]
+
+
+def _comfyui_norms(left: str, right: str) -> list[tuple[str, str]]:
+    """The norms of q and k; their parameter is `scale`, in files of newer versions `weight`."""
+    return [
+        (f"{left}{part}_norm.weight", f"{right}.norm.{name}_norm.{leaf}")
+        for leaf in ("scale", "weight") for part, name in (("q", "query"), ("k", "key"))
+    ]
+
+
+COMFYUI = KeyMap([
+    *((f"{embedder}.mlp.{index}", f"{embedder}.{layer}") for embedder in ("time_in", "guidance_in", "txt_in.t_embedder")
+      for index, layer in ((0, "in_layer"), (2, "out_layer"))),
+    ("txt_in.c_embedder.linear_1", "txt_in.c_embedder.in_layer"),
+    ("txt_in.c_embedder.linear_2", "txt_in.c_embedder.out_layer"),
+    (f"{_REFINER}.self_attn_qkv", f"{_REFINER}.self_attn.qkv"),
+    (f"{_REFINER}.self_attn_proj", f"{_REFINER}.self_attn.proj"),
+    (f"{_REFINER}.mlp.fc1", f"{_REFINER}.mlp.0"), (f"{_REFINER}.mlp.fc2", f"{_REFINER}.mlp.2"),
+    *_comfyui_stream("img"), *_comfyui_stream("txt"),
+    (f"{_SINGLE}.modulation.linear", f"{_SINGLE}.modulation.lin"),
+    *_comfyui_norms(f"{_SINGLE}.", _SINGLE),
+])
+"""ComfyUI's own names, which its repacked files have; every other name is the original's. Linears stay fused."""
+
+
+def vae_keys(levels: int) -> KeyMap:
+    """Names of the VAE: the original's, which are diffusers', against ComfyUI's, which counts the decoder from its end."""
+    attention = (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out"))
+    pairs = [
+        *_resnet("encoder.down_blocks.{}.resnets.{}", "encoder.down.{}.block.{}"),
+        ("encoder.down_blocks.{}.downsamplers.0", "encoder.down.{}.downsample"),
+    ]
+    for half in ("encoder", "decoder"):
+        pairs += [(f"{half}.mid_block.attentions.0.{ours}", f"{half}.mid.attn_1.{theirs}") for ours, theirs in attention]
+        pairs += [(f"{half}.mid_block.resnets.{index}", f"{half}.mid.block_{index + 1}") for index in range(2)]
+        pairs.append((f"{half}.conv_norm_out", f"{half}.norm_out"))
+    for level in range(levels):
+        left, right = f"decoder.up_blocks.{level}", f"decoder.up.{levels - 1 - level}"
+        pairs += [*_resnet(left + ".resnets.{}", right + ".block.{}"), (f"{left}.upsamplers.0", f"{right}.upsample")]
+    return KeyMap(pairs)
+
+
+def _resnet(left: str, right: str) -> list[tuple[str, str]]:
+    return [(f"{left}.conv_shortcut", f"{right}.nin_shortcut"), (left, right)]
+
+
+def vae_from_comfyui(tensors: Tensors) -> Tensors:
+    """ComfyUI's VAE file in the original names; its attention has convolutions of size 1 for linears."""
+    levels = {name.split(".")[2] for name in tensors if name.startswith("decoder.up.")}
+    keys = vae_keys(len(levels))
     entries = {}
-    for name, parts in fused.items():
-        if len(parts) > 1:
-            parts.sort(key=lambda entry: order[_piece(TRANSFORMER.to_left(entry.source))])
-            entries[name] = _fused(parts)
+    for name, entry in tensors.renamed(keys.to_left, keys.to_right).entries.items():
+        flat = ".attentions.0.to_" in name and len(entry.shape) > 2
+        entries[name] = entry.derived(entry.shape[:2], entry.dtype, _linear) if flat else entry
+    return Tensors(entries, tensors.where, lambda name: tensors.spell(keys.to_right(name)))
+
+
+def _linear(convolution: Tensor) -> Tensor:
+    return convolution.flatten(1)
+
+
+def from_comfyui(tensors: Tensors) -> Tensors:
+    """The weights of ComfyUI's transformer in the original names."""
+    return tensors.renamed(COMFYUI.to_left, COMFYUI.to_right)
+
+
+def from_diffusers(tensors: Tensors) -> Tensors:
+    """A diffusers transformer's weights in the original names: linears fused, shift before scale at the end.
+
+    Raises:
+        UserError: a part of a fused linear is missing.
+    """
+    tensors = tensors.renamed(TRANSFORMER.to_left, _diffusers_spelling)
+    entries: dict[str, Entry] = {}
+    fused: dict[str, dict[str, Entry]] = {}
+    for name, entry in tensors.entries.items():
+        if piece := _piece(name):
+            fused.setdefault(name.replace(piece, ""), {})[piece] = entry
         elif name.startswith(FINAL_MODULATION):
-            entries[name] = parts[0].derived(parts[0].shape, parts[0].dtype, _swap_halves)
+            entries[name] = entry.derived(entry.shape, entry.dtype, _swap_halves)
         else:
-            entries[name] = parts[0]
+            entries[name] = entry
+    for name, parts in fused.items():
+        wanted = _pieces_of(name.rpartition(".")[0])
+        _check_pieces(name, wanted, tensors)
+        entries[name] = _fused([parts[piece] for piece in wanted])
     return Tensors(entries, tensors.where, tensors.spell)
+
+
+def _diffusers_spelling(name: str) -> str:
+    """diffusers' name of an original parameter; of a fused one its first part's."""
+    module, _, leaf = name.rpartition(".")
+    pieces = () if _piece(module) else _pieces_of(module)
+    return TRANSFORMER.to_right(f"{module}{pieces[0]}.{leaf}" if pieces else name)
+
+
+def _check_pieces(name: str, pieces: Sequence[str], tensors: Tensors) -> None:
+    module, _, leaf = name.rpartition(".")
+    missing = [name for piece in pieces if (name := f"{module}{piece}.{leaf}") not in tensors]
+    if missing:
+        raise UserError(
+            f"{tensors.where}: {len(missing)} of the {len(pieces)} parts of a linear are missing: "
+            f"{', '.join(map(tensors.spell, missing))}. Likely an incomplete download or a missing shard: get the file "
+            "again."
+        )
 
 
 def _piece(name: str) -> str:
     return next((piece for piece in _PIECES if piece in name), "")
-
-
-def _without_piece(name: str) -> str:
-    return name.replace(_piece(name), "") if _piece(name) else name
 
 
 def _fused(parts: Sequence[Entry]) -> Entry:

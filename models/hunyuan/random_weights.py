@@ -128,7 +128,7 @@ def _write_llava(folder: Path, width: int, sizes: TinySizes, generator: torch.Ge
     text = LlamaConfig(
         vocab_size=len(vocabulary), hidden_size=width, intermediate_size=2 * width,
         num_hidden_layers=sizes.text_layers, num_attention_heads=sizes.text_heads,
-        num_key_value_heads=sizes.text_heads, max_position_embeddings=2048,
+        num_key_value_heads=sizes.text_heads, max_position_embeddings=2048, rms_norm_eps=1e-5, rope_theta=500000.0,
     )
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=vocabulary["<image>"],
