@@ -329,16 +329,27 @@ def check_keys(
         )
 
 
-_SIGNATURES = (
-    ("lora_", "This is a LoRA, not a base model."),
-    ("double_blocks.", "This is a HunyuanVideo transformer."),
-    ("visual.", "This is Wan's CLIP file."),
-    ("token_embedding.", "This is Wan's UMT5 text encoder."),
-    ("encoder.downsamples.", "This is Wan's VAE."),
-    ("cross_attn.k_img.", "This is a Wan I2V transformer in the original names."),
-    ("attn2.add_k_proj.", "This is a Wan I2V transformer in diffusers' names."),
-    ("cross_attn.", "This is a Wan transformer without image conditioning."),
+_SIGNATURES: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("lora_",), "This is a LoRA, not a base model."),
+    (("language_model.", "multi_modal_projector."), "This is LLaVA whole: text encoder and vision tower."),
+    (("multi_modal_projector.",), "This is LLaVA's vision encoder with its projector, without the language model."),
+    (("layers.0.mlp.gate_proj.",), "This is LLaVA's language model, a text encoder without the vision tower."),
+    (("encoder.layers.0.", "embeddings.token_embedding."), "This is CLIP's text encoder."),
+    (("encoder.layers.0.", "embeddings.class_embedding"), "This is a CLIP vision encoder in transformers' names."),
+    (("SelfAttention.", "DenseReluDense."), "This is a T5 text encoder in transformers' names."),
+    (("double_blocks.0.img_attn.qkv.",), "This is a HunyuanVideo transformer in ComfyUI's names, or Flux's."),
+    (("double_blocks.",), "This is a HunyuanVideo transformer."),
+    (("single_transformer_blocks.",), "This is a HunyuanVideo transformer in diffusers' names, or Flux's."),
+    (("visual.",), "This is Wan's CLIP file."),
+    (("token_embedding.",), "This is Wan's UMT5 text encoder."),
+    (("encoder.downsamples.",), "This is Wan's VAE."),
+    (("encoder.down_blocks.0.resnets.0.conv1.conv.",), "This is HunyuanVideo's VAE."),
+    (("encoder.down.0.block.0.conv1.conv.",), "This is HunyuanVideo's VAE in ComfyUI's names."),
+    (("cross_attn.k_img.",), "This is a Wan I2V transformer in the original names."),
+    (("attn2.add_k_proj.",), "This is a Wan I2V transformer in diffusers' names."),
+    (("cross_attn.",), "This is a Wan transformer without image conditioning."),
 )
+"""What a file holds if each of these occurs in some name; the first that fits counts."""
 
 
 def _likely_cause(missing: list[str], unexpected: list[str]) -> str:
@@ -352,8 +363,8 @@ def _likely_cause(missing: list[str], unexpected: list[str]) -> str:
 def guess_content(names: Iterable[str]) -> str:
     """One sentence on what a file with these tensors probably is, for error messages."""
     names = list(names)
-    for marker, cause in _SIGNATURES:
-        if any(marker in name for name in names):
+    for markers, cause in _SIGNATURES:
+        if all(any(marker in name for name in names) for marker in markers):
             return f"{cause} Check which file the path names."
     return "Likely another model or an unknown layout: check which file the path names."
 

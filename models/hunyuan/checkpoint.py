@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,8 @@ _DIFFUSERS_MARKER = "x_embedder.proj.weight"
 _COMFYUI_MARKER = "double_blocks.0.img_attn.qkv.weight"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 _CLIP_TOKENIZER_FILES = ("vocab.json",)
+_TEXT_TO_VIDEO = re.compile(r"t2v|text_?to_?video|cfgdistill", re.IGNORECASE)
+_IMAGE_TO_VIDEO = re.compile(r"i2v|image_?to_?video", re.IGNORECASE)
 Layout = Literal["original", "diffusers", "comfyui"]
 _PROCESSOR_FILES = ("preprocessor_config.json",)
 
@@ -74,7 +77,22 @@ class HunyuanTransformerFiles:
         own = self.transformer if self.transformer.is_dir() else self.transformer.parent
         path = own / "config.json"
         values = read_config(path) if path.is_file() else None
-        return HunyuanConfig.from_shapes(self._in_original_names.shapes, values, self.transformer)
+        tensors = self._in_original_names
+        config = HunyuanConfig.from_shapes(tensors.shapes, values, self.transformer, tensors.spell)
+        if config.variant == "token_replace":
+            _refuse_text_to_video(self.transformer)
+        return config
+
+
+def _refuse_text_to_video(path: Path) -> None:
+    """Text-to-video has the tensors of token replace, name by name and shape by shape: only the file's name can tell."""
+    official = any(part.startswith("hunyuan-video-t2v") for part in path.parts[-3:])
+    if official or (_TEXT_TO_VIDEO.search(path.name) and not _IMAGE_TO_VIDEO.search(path.name)):
+        raise UserError(
+            f"{path}: by its name this is a text-to-video HunyuanVideo, whose tensors are the same as those of image-to-video. "
+            "LoRA-Edit needs an I2V checkpoint, e.g. hunyuan-video-i2v-720p or "
+            "hunyuan_video_v2_replace_image_to_video_720p_bf16.safetensors. If it is one, give it another name."
+        )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,15 @@ ROPE_SHARES = (2, 7, 7)
 """How the released model shares a head's channels among time, height and width: (16, 56, 56) of 128."""
 SINUSOID_WIDTH = 256
 REFINER_MLP_RATIO = 4
+
+
+_WANTED = "LoRA-Edit needs HunyuanVideo-I2V, with 16 input channels (token replace) or 33 (latent concat)."
+_RELATIVES = {
+    "clean_x_embedder.": "FramePack", "byt5_in.": "HunyuanVideo 1.5 or HunyuanImage 2.1",
+    "cond_type_embedding.": "HunyuanVideo 1.5", "img_in.weight": "a Flux transformer",
+}
+"""Models with the same blocks, by the names that only they have."""
+_CHANNELS_OF_RELATIVES = {32: "SkyReels-V1-I2V", 65: "HunyuanVideo 1.5"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,8 @@ class HunyuanConfig:
 
     @classmethod
     def from_shapes(
-        cls, shapes: Mapping[str, Shape], config_json: Mapping[str, Any] | None = None, where: object = "checkpoint"
+        cls, shapes: Mapping[str, Shape], config_json: Mapping[str, Any] | None = None, where: object = "checkpoint",
+        spell: Callable[[str], str] = lambda name: name,
     ) -> HunyuanConfig:
         """Read everything from tensor shapes (original names), but the split of the rotary axes.
 
@@ -74,11 +84,12 @@ class HunyuanConfig:
             shapes: name to shape, without prefixes.
             config_json: diffusers' config.json, for `rope_axes_dim`; without one: the released proportion.
             where: the file or folder to name in messages.
+            spell: an original name as the user's file has it, for messages.
 
         Raises:
             UserError: not a HunyuanVideo-I2V transformer, or an incomplete one.
         """
-        _require_i2v(shapes, where)
+        _require_i2v(shapes, where, spell)
         try:
             patch = shapes["img_in.proj.weight"]
             dim, head = patch[0], shapes["double_blocks.0.img_attn_q_norm.weight"][0]
@@ -94,9 +105,10 @@ class HunyuanConfig:
                 text_dim=shapes["txt_in.input_embedder.weight"][1],
                 pooled_dim=shapes["vector_in.in_layer.weight"][1],
             )
-        except (KeyError, IndexError, ZeroDivisionError) as error:
+        except (KeyError, ValueError, TypeError, IndexError, ZeroDivisionError) as error:
+            what = spell(error.args[0]) if isinstance(error, KeyError) else "a tensor that tells its dimensions"
             raise UserError(
-                f"{where}: an incomplete HunyuanVideo transformer, {error} is missing or misshapen among "
+                f"{where}: an incomplete HunyuanVideo transformer, {what} is missing or misshapen among "
                 f"{len(shapes)} tensors. Download the checkpoint again."
             ) from error
         if config.dim % head or sum(config.rope_axes) != head or any(axis % 2 for axis in config.rope_axes):
@@ -116,19 +128,21 @@ def rope_axes(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
-def _require_i2v(shapes: Mapping[str, Shape], where: object) -> None:
+def _require_i2v(shapes: Mapping[str, Shape], where: object, spell: Callable[[str], str]) -> None:
+    for mark, relative in _RELATIVES.items():
+        if any(name.startswith(mark) for name in shapes):
+            raise UserError(f"{where}: this is {relative} ({spell(mark)}... is there). {_WANTED}")
     patch = shapes.get("img_in.proj.weight")
     if patch is None or len(patch) != 5:
-        some = ", ".join(list(shapes)[:5]) or "none"
+        some = ", ".join(spell(name) for name in list(shapes)[:5]) or "none"
         raise UserError(
-            f"{where}: no HunyuanVideo transformer: img_in.proj.weight is missing among {len(shapes)} tensors "
-            f"({some}). Expected the weights of HunyuanVideo-I2V. {guess_content(shapes)}"
+            f"{where}: no HunyuanVideo transformer: looked for img_in.proj.weight (official, Kijai's or ComfyUI's names) "
+            f"and x_embedder.proj.weight (diffusers' names) with 5 axes; found {len(shapes)} tensors: {some}. {_WANTED} "
+            f"{guess_content(shapes)}"
         )
     if patch[1] not in VARIANT_OF_CHANNELS:
-        raise UserError(
-            f"{where}: this HunyuanVideo transformer has {patch[1]} input channels; LoRA-Edit needs "
-            "HunyuanVideo-I2V with 16 (token replace) or 33 (latent concat)."
-        )
+        cause = f" This is {_CHANNELS_OF_RELATIVES[patch[1]]}." if patch[1] in _CHANNELS_OF_RELATIVES else ""
+        raise UserError(f"{where}: this HunyuanVideo transformer has {patch[1]} input channels.{cause} {_WANTED}")
 
 
 def _count(shapes: Mapping[str, Shape], pattern: str) -> int:

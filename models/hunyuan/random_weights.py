@@ -45,6 +45,7 @@ class TinySizes:
     vision_width: int = 32
     vision_layers: int = 2
     clip_layers: int = 2
+    clip_heads: int = 4
     vae_widths: tuple[int, ...] = (8, 8, 16, 16)
     vae_groups: int = 4
 
@@ -148,7 +149,7 @@ def _write_clip(folder: Path, width: int, sizes: TinySizes, generator: torch.Gen
 
     vocabulary = _write_clip_tokenizer(folder)
     config = CLIPTextConfig(
-        vocab_size=len(vocabulary), hidden_size=width, intermediate_size=2 * width, num_attention_heads=4,
+        vocab_size=len(vocabulary), hidden_size=width, intermediate_size=2 * width, num_attention_heads=sizes.clip_heads,
         num_hidden_layers=sizes.clip_layers, bos_token_id=vocabulary["<|startoftext|>"],
         eos_token_id=vocabulary["<|endoftext|>"], pad_token_id=vocabulary["<|endoftext|>"],
     )

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
-from models.hunyuan.checkpoint import TRANSFORMER_FILE, VAE_FILE, HunyuanCheckpoint
+from models.hunyuan.checkpoint import TRANSFORMER_FILE, VAE_FILE, HunyuanCheckpoint, HunyuanTransformerFiles
 from models.hunyuan.config import HunyuanConfig
 from models.hunyuan.random_weights import main, tiny_config
 from models.hunyuan.transformer import HunyuanTransformer
@@ -216,8 +217,6 @@ def test_another_tokenizer_is_refused(tiny_hunyuan, tmp_path):
 
 
 def test_missing_weights_of_an_encoder_are_named(tiny_hunyuan, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     shutil.copytree(tiny_hunyuan["token_replace"] / "text_encoder_2", tmp_path / "clip")
     path = tmp_path / "clip" / "model.safetensors"
     state = {k: v for k, v in load_file(path).items() if "layers.1.self_attn.q_proj.weight" not in k}
@@ -249,6 +248,55 @@ def test_a_wrong_transformer_is_refused(tiny_hunyuan, tmp_path, change, message)
     torch.save({"module": state}, tmp_path / "other.pt")
     with pytest.raises(UserError, match=message):
         HunyuanCheckpoint.open(root, transformer_path=tmp_path / "other.pt").transformer_tensors()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda s: s.update({"img_in.proj.weight": torch.zeros(96, 32, 1, 2, 2)}), "32 input channels. This is SkyReels-V1-I2V"),
+    (lambda s: s.update({"clean_x_embedder.proj.weight": torch.zeros(2)}), "this is FramePack"),
+    (lambda s: s.update({"byt5_in.fc1.weight": torch.zeros(2)}), r"HunyuanVideo 1\.5 or HunyuanImage"),
+    (lambda s: s.update({"img_in.weight": torch.zeros(2, 2)}), "this is a Flux transformer"),
+    (lambda s: [s.pop(n) for n in list(s) if n.startswith("single_blocks")], "incomplete HunyuanVideo transformer"),
+])
+def test_relatives_are_called_by_their_names(tiny_hunyuan, tmp_path, change, message):
+    state = dict(torch.load(tiny_hunyuan["token_replace"] / TRANSFORMER_FILE, weights_only=True)["module"])
+    change(state)
+    torch.save({"module": state}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=message):
+        HunyuanTransformerFiles(tmp_path / "other.pt").transformer_tensors()
+
+
+@pytest.mark.parametrize(("variant", "name", "refused"), [
+    ("token_replace", "hunyuan_video_t2v_720p_bf16.pt", True),
+    ("token_replace", "hunyuan_video_720_cfgdistill_bf16.pt", True),
+    ("token_replace", "hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt", True),
+    ("token_replace", "hunyuan_video_v2_replace_image_to_video_720p_bf16.pt", False),
+    ("token_replace", "my_i2v_from_t2v.pt", False),
+    ("latent_concat", "t2v.pt", False),
+])
+def test_text_to_video_can_only_be_told_by_its_name(tiny_hunyuan, tmp_path, variant, name, refused):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(tiny_hunyuan[variant] / TRANSFORMER_FILE, path)
+    files = HunyuanTransformerFiles(path)
+    if refused:
+        with pytest.raises(UserError, match="text-to-video HunyuanVideo.*needs an I2V checkpoint"):
+            files.transformer_tensors()
+    else:
+        assert files.config.variant == variant
+
+
+def test_a_missing_part_of_a_fused_linear_is_named_as_diffusers_has_it(tmp_path):
+    library, _ = library_transformer("token_replace")
+    library.save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    save_file({n: v for n, v in state.items() if n != "transformer_blocks.1.attn.to_k.weight"}, path)
+    with pytest.raises(UserError, match=r"1 of the 3 parts of a linear are missing: transformer_blocks\.1\.attn\.to_k\.weight"):
+        HunyuanTransformerFiles(tmp_path).transformer_tensors()
+    save_file({n: v for n, v in state.items() if not n.startswith("single_transformer_blocks.0.proj_mlp.")
+               and not n.startswith("single_transformer_blocks.0.attn.to_")}, path)
+    with pytest.raises(UserError, match=r"2 missing: single_transformer_blocks\.0\.attn\.to_q\.weight"):
+        HunyuanTransformerFiles(tmp_path).transformer_tensors()
 
 
 def test_identity_follows_the_files(tiny_hunyuan, tmp_path):
