@@ -16,10 +16,11 @@ from torch import Tensor
 from common.errors import UserError
 from loraedit_ext import cli, lora, state
 from loraedit_ext.run import CONFIG_COPY
-from loraedit_ext.transformers_on_disk import open_transformer
+from loraedit_ext.transformers_on_disk import STEMS, open_transformer
 from models.checkpoint import Tensors, guess_content, open_tensors, read_config
+from models.hunyuan.checkpoint import HunyuanCheckpoint
 from models.lora_names import split_key
-from models.parts import TRANSFORMER_STEM
+from models.scaled_fp8 import SCALE_SUFFIXES
 from models.wan.checkpoint import WanCheckpoint
 
 LOADED_BY = {
@@ -29,6 +30,8 @@ LOADED_BY = {
     "peft": "LoRA-Edit; for others convert it (loraedit_ext.convert_lora)",
     "bare": "LoRA-Edit, DiffSynth-Studio; for others convert it (loraedit_ext.convert_lora)",
 }  # fmt: skip
+_FOR_DIFFUSERS = "for diffusers convert it (loraedit_ext.convert_lora)"
+_CHECKPOINTS = {"wan": WanCheckpoint, "hunyuan-video": HunyuanCheckpoint}
 _BLOCK = re.compile(r"\w*blocks\.\d+")
 _METRICS = "metrics.jsonl"
 
@@ -51,7 +54,7 @@ def describe(path: Path) -> list[str]:
         return describe_lora(path)
     if path.is_dir() and (runs := sorted(child.parent for child in path.glob(f"*/{_METRICS}"))):
         return [f"folder      {path}", f"what        {len(runs)} runs; the newest:", *describe_run(runs[-1])]
-    tensors = open_tensors(path, (TRANSFORMER_STEM, "model"))
+    tensors = open_tensors(path, (*STEMS, "model", "pytorch_model"))
     if any("lora_" in name or name.endswith((".diff", ".diff_b")) for name in tensors):
         return describe_lora(path)
     try:
@@ -72,11 +75,9 @@ def _is_whole_checkpoint(path: Path) -> bool:
 def describe_checkpoint(path: Path) -> list[str]:
     """A checkpoint's folder: its transformer, and whether the other parts are there."""
     family, files = open_transformer(path)
-    lines = describe_transformer(files.transformer, open_tensors(files.transformer, (TRANSFORMER_STEM,)), path)
-    if family != "wan":
-        return lines
+    lines = describe_transformer(files.transformer, open_tensors(files.transformer, STEMS), path)
     try:
-        return [*lines, f"parts       {WanCheckpoint.open(path).describe_layout()}"]
+        return [*lines, f"parts       {_CHECKPOINTS[family].open(path).describe_layout()}"]
     except UserError as error:
         return [*lines, f"incomplete  {error}"]
 
@@ -107,7 +108,7 @@ def _contents(tensors: Tensors) -> list[str]:
     counts: Counter[str] = Counter()
     for entry in tensors.entries.values():
         counts[str(entry.dtype).removeprefix("torch.")] += math.prod(entry.shape)
-    scales = [name for name in tensors if "scale" in name.rpartition(".")[2] and "shift" not in name]
+    scales = [name for name in tensors if name.endswith(SCALE_SUFFIXES)]
     total = sum(counts.values())
     shares = ", ".join(f"{name} {count / total:.1%}" for name, count in counts.most_common())
     return [
@@ -136,8 +137,19 @@ def describe_lora(path: Path) -> list[str]:
         lines.append(f"also        whole changes of {len(found.differences)} norms or biases: for inference only")
     if "model" in facts:
         lines.append(f"trained for {facts['model']}, {facts.get('steps')} steps")
-    lines.append(f"loaded by   {LOADED_BY[found.layout]}")
+    lines.append(f"loaded by   {_loaded_by(found)}")
     return [*lines, "norm of the change by block", *_norms(found)]
+
+
+def _loaded_by(found: lora.LoraFile) -> str:
+    """The tools that take the file as it is; of HunyuanVideo's original names diffusers knows one spelling only."""
+    if found.family != "hunyuan-video" or found.layout not in ("comfyui", "kohya"):
+        return LOADED_BY[found.layout]
+    if found.layout == "kohya":
+        return f"ComfyUI, musubi-tuner, LoRA-Edit; {_FOR_DIFFUSERS}"
+    keys = list(open_tensors(found.path))
+    fits = all(".lora_A." in key or ".lora_B." in key for key in keys) and any("img_attn_qkv" in key for key in keys)
+    return LOADED_BY["comfyui"] if fits else f"ComfyUI, LoRA-Edit; {_FOR_DIFFUSERS}"
 
 
 def _targets(modules: Iterable[str]) -> list[str]:

@@ -127,10 +127,10 @@ def parse(
 
 
 def _layout(keys: list[str], names: LoraNames) -> str:
-    """Whose spelling it is; `transformer.` before original names is ComfyUI's for HunyuanVideo."""
+    """Whose spelling it is; `transformer.` before its names is ComfyUI's for HunyuanVideo."""
     layout = next((_LAYOUT_OF_PREFIX[prefix] for key in keys for prefix in _prefixes(key)), "bare")
-    original = all(names.knows(_split(key)[0]) for key in keys)
-    return "comfyui" if layout == "diffusers" and original else layout
+    comfyuis = all(names.is_comfyuis(_split(key)[0]) for key in keys)
+    return "comfyui" if layout == "diffusers" and comfyuis else layout
 
 
 def _prefixes(key: str) -> list[str]:

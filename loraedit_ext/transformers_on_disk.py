@@ -7,10 +7,12 @@ from pathlib import Path
 from common.errors import UserError
 from models.checkpoint import guess_content, open_tensors
 from models.hunyuan.checkpoint import TRANSFORMER_FILE as HUNYUAN_FILE
+from models.hunyuan.checkpoint import TRANSFORMER_STEM as HUNYUAN_STEM
 from models.hunyuan.checkpoint import HunyuanTransformerFiles
 from models.parts import TRANSFORMER_STEM, has_weights
 from models.wan.checkpoint import WanTransformerFiles
 
+STEMS = (TRANSFORMER_STEM, HUNYUAN_STEM)
 _MARKS = {
     "hunyuan-video": ("double_blocks.", "single_transformer_blocks."),
     "wan": ("cross_attn.", "condition_embedder.time_proj", "attn2.add_k_proj"),
@@ -24,7 +26,7 @@ def open_transformer(path: Path) -> tuple[str, WanTransformerFiles | HunyuanTran
         UserError: there is none, or it is of no family known here.
     """
     where = _located(path)
-    names = list(open_tensors(where, (TRANSFORMER_STEM,)))
+    names = list(open_tensors(where, STEMS))
     for family, marks in _MARKS.items():
         if any(mark in name for name in names for mark in marks):
             if family == "wan":

@@ -33,7 +33,7 @@ SAFETENSORS_DTYPES = {
 }
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 _WRAPPERS = ("state_dict", "module", "model")
-_STEMS = ("diffusion_pytorch_model", "model")
+_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _CHUNK_ELEMENTS = 1 << 22
 _OWN_MAPPING = (32 << 20) // 4 + 1
 """fp32 elements from which glibc always maps memory of its own (mallopt's M_MMAP_THRESHOLD, at most 32 MB): a smaller
@@ -191,8 +191,9 @@ def weight_files(path: Path, stems: tuple[str, ...] = _STEMS) -> list[Path]:
             return [single]
         if shards := sorted(path.glob(f"{stem}-*-of-*.safetensors")):
             return _numbered_shards(shards)
-        if (torch_file := path / f"{stem}.bin").is_file():
-            return [torch_file]
+        for suffix in _TORCH_SUFFIXES:
+            if (torch_file := path / f"{stem}{suffix}").is_file():
+                return [torch_file]
     found = ", ".join(sorted(child.name for child in path.iterdir())[:10]) or "nothing"
     raise UserError(f"{path}: no weights; expected {stems[0]}.safetensors or its shards, found {found}.")
 

@@ -18,6 +18,7 @@ class KeyMap:
     def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
         pairs = list(pairs)
         self.left = tuple(left for left, _ in pairs)
+        self.right = tuple(right for _, right in pairs)
         self._to_right = [_rule(left, right) for left, right in pairs]
         self._to_left = [_rule(right, left) for left, right in pairs]
 

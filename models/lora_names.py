@@ -25,18 +25,22 @@ class LoraNames:
             (a part of a fused linear) does not count.
         library: original (left) to diffusers (right).
         bare: last parts of parameters that belong to no module of their own (`modulation`).
+        comfyui: original (left) to the names that ComfyUI has of its own.
     """
 
     def __init__(
-        self, family: str, prefix: str, modules: Iterable[str], library: KeyMap, bare: tuple[str, ...] = ()
+        self, family: str, prefix: str, modules: Iterable[str], library: KeyMap, bare: tuple[str, ...] = (),
+        comfyui: KeyMap | None = None,
     ) -> None:
         self.family = family
         self.prefix = prefix
         self.bare = bare
         self._library = library
+        self._comfyui = comfyui or KeyMap([])
         modules = sorted({module.partition("#")[0] for module in modules})
         self._known = [_pattern(module) for module in modules]
-        self._kohya = [(_pattern(module.replace(".", "_")), module) for module in modules]
+        spelled = [*modules, *self._comfyui.right]
+        self._kohya = [(_pattern(module.replace(".", "_")), module) for module in spelled]
 
     @property
     def example(self) -> str:
@@ -50,9 +54,14 @@ class LoraNames:
     def original(self, module: str) -> str | None:
         """The original name of a module in any tool's spelling, without prefix; None for a stranger."""
         for name in (module, self._library.to_left(module), self._of_kohya(module)):
-            if name is not None and self.knows(name):
-                return name
+            own = None if name is None else self._comfyui.to_left(name)
+            if own is not None and self.knows(own):
+                return own
         return None
+
+    def is_comfyuis(self, module: str) -> bool:
+        """Whether ComfyUI takes the module's name as it is: it is the original's, or ComfyUI's own."""
+        return self.knows(self._comfyui.to_left(module))
 
     def _of_kohya(self, module: str) -> str | None:
         matches = ((pattern.fullmatch(module), name) for pattern, name in self._kohya)

@@ -13,6 +13,7 @@ from models.checkpoint import Entry, Tensors, release_pages
 
 _SCALES = (".scale_weight", ".weight_scale")
 _INPUT_SCALES = (".scale_input", ".input_scale")  # for 8-bit activations; a dequantised weight needs none
+SCALE_SUFFIXES = _SCALES + _INPUT_SCALES
 _MARKER = "scaled_fp8"
 _REFUSED = (".weight_scale_inv", ".weight_scale_2", ".comfy_quant", ".absmax", ".quant_map")
 

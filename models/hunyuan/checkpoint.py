@@ -17,11 +17,13 @@ from models.hunyuan.encoders import HunyuanTextEncoder, HunyuanVAE, vae_layout
 from models.hunyuan.keys import from_comfyui, from_diffusers
 from models.hunyuan.single_files import STEMS, find_vision, is_whole_llava, missing_vision, needs_config
 from models.hunyuan.transformer import HunyuanTransformer
-from models.parts import TRANSFORMER_STEM, config_of, file_identity, find_part, listing, part_identity, within
+from models.parts import TRANSFORMER_STEM as DIFFUSERS_STEM
+from models.parts import config_of, file_identity, find_part, listing, part_identity, within
 from models.scaled_fp8 import dequantised
 
 RELEASE = "hunyuan-video-i2v-720p"
-TRANSFORMER_FILE = f"{RELEASE}/transformers/mp_rank_00_model_states.pt"
+TRANSFORMER_STEM = "mp_rank_00_model_states"
+TRANSFORMER_FILE = f"{RELEASE}/transformers/{TRANSFORMER_STEM}.pt"
 VAE_FILE = f"{RELEASE}/vae/pytorch_model.pt"
 LLAVA_FOLDER = "text_encoder_i2v"
 CLIP_FOLDER = "text_encoder_2"
@@ -45,7 +47,7 @@ class HunyuanTransformerFiles:
 
     @cached_property
     def _transformer(self) -> Tensors:
-        tensors = open_tensors(self.transformer, (TRANSFORMER_STEM,)).stripped(*_PREFIXES)
+        tensors = open_tensors(self.transformer, (DIFFUSERS_STEM, TRANSFORMER_STEM)).stripped(*_PREFIXES)
         return dequantised(tensors)
 
     @property

@@ -277,4 +277,6 @@ def _joined(module: str, pieces: Mapping[str, Branch]) -> Branch:
     return torch.cat([a for a, _ in present]), torch.block_diag(*rows)
 
 
-LORA = HunyuanLoraNames("hunyuan-video", "transformer.", [*TRANSFORMER.left, "img_in.proj"], TRANSFORMER)
+LORA = HunyuanLoraNames(
+    "hunyuan-video", "transformer.", [*TRANSFORMER.left, "img_in.proj"], TRANSFORMER, comfyui=COMFYUI
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import shutil
 
 import pytest
 import torch
@@ -120,3 +121,46 @@ def test_every_complaint_has_a_cure(monkeypatch):
 def test_deepspeeds_versions(monkeypatch, found, status):
     monkeypatch.setattr(doctor, "version", lambda name: found)
     assert [finding.status for finding in doctor.deepspeed()] == [status]
+
+
+@pytest.mark.parametrize("variant", ["token_replace", "latent_concat"])
+def test_a_hunyuan_checkpoint_and_each_of_its_parts(tiny_hunyuan, tmp_path, variant):
+    root = tiny_hunyuan[variant]
+    text = said(root)
+    for words in (f"hunyuan-video transformer, {variant}, original names", "num_double 2", "complete    yes",
+                  "scales      none", "vae original (float32), llava transformers (float32), clip transformers (float32)"):
+        assert words in text, text
+    for part, words in (
+        ("hunyuan-video-i2v-720p/vae", "HunyuanVideo's VAE"), ("text_encoder_i2v", "LLaVA whole"),
+        ("text_encoder_2", "CLIP's text encoder"), ("hunyuan-video-i2v-720p/transformers", "original names"),
+        ("hunyuan-video-i2v-720p/vae/pytorch_model.pt", "HunyuanVideo's VAE"),
+    ):
+        assert words in said(root / part)
+    llava = load_file(root / "text_encoder_i2v/model.safetensors")
+    language = {n.removeprefix("language_model."): v for n, v in llava.items() if n.startswith("language_model.")}
+    save_file(language, tmp_path / "llava_llama3_fp16.safetensors")
+    save_file({n: v for n, v in llava.items() if "language_model." not in n}, tmp_path / "llava_llama3_vision.safetensors")
+    assert "language model, a text encoder without the vision tower" in said(tmp_path / "llava_llama3_fp16.safetensors")
+    assert "vision encoder with its projector" in said(tmp_path / "llava_llama3_vision.safetensors")
+
+
+def test_a_hunyuan_file_in_comfyuis_names_with_a_scale(tiny_hunyuan, tmp_path):
+    path = tiny_hunyuan["token_replace"] / "hunyuan-video-i2v-720p/transformers/mp_rank_00_model_states.pt"
+    state = {}
+    for name, value in torch.load(path, weights_only=True)["module"].items():
+        name = name.replace("_attn_qkv", "_attn.qkv").replace("_attn_q_norm.weight", "_attn.norm.query_norm.scale")
+        state[f"model.model.{name}"] = value
+    key = "model.model.double_blocks.0.img_attn.qkv.weight"
+    state |= {key: state[key].to(torch.float8_e4m3fn), key.replace("weight", "scale_weight"): torch.tensor(0.5)}
+    save_file(state, tmp_path / "a.safetensors")
+    text = said(tmp_path / "a.safetensors")
+    assert "hunyuan-video transformer, token_replace, comfyui names" in text
+    assert "scales      1 (model.model.double_blocks.0.img_attn.qkv.scale_weight" in text  # norms are called scale, too
+
+
+def test_a_hunyuan_folder_without_one_part_tells_which(tiny_hunyuan, tmp_path):
+    shutil.copytree(tiny_hunyuan["token_replace"], tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy/text_encoder_2")
+    text = said(tmp_path / "copy")
+    assert "incomplete  HunyuanVideo checkpoint incomplete" in text
+    assert "text_encoder_2" in text

@@ -279,7 +279,7 @@ def test_text_to_video_can_only_be_told_by_its_name(tiny_hunyuan, tmp_path, vari
     shutil.copy(tiny_hunyuan[variant] / TRANSFORMER_FILE, path)
     files = HunyuanTransformerFiles(path)
     if refused:
-        with pytest.raises(UserError, match="text-to-video HunyuanVideo.*needs an I2V checkpoint"):
+        with pytest.raises(UserError, match=r"text-to-video HunyuanVideo.*needs an I2V checkpoint"):
             files.transformer_tensors()
     else:
         assert files.config.variant == variant

@@ -384,8 +384,11 @@ def test_a_missing_tensor_is_named_as_the_file_spells_it(token_replace, tmp_path
     state = load_file(paths[key])
     save(paths[key], {name: value for name, value in state.items() if name.removeprefix("model.model.") != drop})
     with pytest.raises(UserError, match=message) as error:
-        checkpoint = HunyuanCheckpoint.open(None, **paths)
-        {"transformer_path": checkpoint.transformer_tensors, "vae_path": checkpoint.load_vae}.get(
-            key, checkpoint.load_text_encoder
-        )()
+        load_part(paths, key)
     assert paths[key].name in str(error.value)
+
+
+def load_part(paths, key):
+    checkpoint = HunyuanCheckpoint.open(None, **paths)
+    load = {"transformer_path": checkpoint.transformer_tensors, "vae_path": checkpoint.load_vae}
+    return load.get(key, checkpoint.load_text_encoder)()
