@@ -96,9 +96,9 @@ class HunyuanConfig:
             config = cls(
                 dim=dim, num_heads=dim // head, in_channels=patch[1], patch_size=(patch[2], patch[3], patch[4]),
                 mlp_dim=shapes["double_blocks.0.img_mlp.fc1.weight"][0],
-                num_double=_count(shapes, r"double_blocks\.(\d+)\."),
-                num_single=_count(shapes, r"single_blocks\.(\d+)\."),
-                num_refiner=_count(shapes, r"txt_in\.individual_token_refiner\.blocks\.(\d+)\."),
+                num_double=_count(shapes, "double_blocks"),
+                num_single=_count(shapes, "single_blocks"),
+                num_refiner=_count(shapes, "txt_in.individual_token_refiner.blocks"),
                 guidance_embed="guidance_in.mlp.0.weight" in shapes,
                 rope_axes=tuple((config_json or {}).get("rope_axes_dim") or rope_axes(head)),
                 out_channels=shapes["final_layer.linear.weight"][0] // math.prod(patch[2:]),
@@ -145,6 +145,14 @@ def _require_i2v(shapes: Mapping[str, Shape], where: object, spell: Callable[[st
         raise UserError(f"{where}: this HunyuanVideo transformer has {patch[1]} input channels.{cause} {_WANTED}")
 
 
-def _count(shapes: Mapping[str, Shape], pattern: str) -> int:
-    """One more than the highest index that `pattern` captures in the names."""
-    return max(int(match[1]) for name in shapes if (match := re.match(pattern, name))) + 1
+def _count(shapes: Mapping[str, Shape], blocks: str) -> int:
+    """How many different indices follow `blocks` in the names; gaps come out in the key check.
+
+    Raises:
+        KeyError: none.
+    """
+    pattern = re.compile(rf"{re.escape(blocks)}\.(\d+)\.")
+    found = {match[1] for name in shapes if (match := pattern.match(name))}
+    if not found:
+        raise KeyError(f"{blocks}.0")
+    return len(found)

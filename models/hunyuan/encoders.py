@@ -113,8 +113,8 @@ def _vae_settings(tensors: Tensors, config_json: Mapping[str, Any]) -> dict[str,
             f"content of hunyuan-video-i2v-720p/vae/pytorch_model.pt or hunyuan_video_vae_bf16.safetensors "
             f"(Kijai's or ComfyUI's names). {guess_content(tensors)}"
         )
-    levels = sorted({int(m[1]) for name in shapes if (m := re.match(r"encoder\.down_blocks\.(\d+)\.", name))})
-    resnets = {int(m[1]) for name in shapes if (m := re.match(r"encoder\.down_blocks\.0\.resnets\.(\d+)\.", name))}
+    levels = sorted({int(m[1]) for name in shapes if (m := re.match(r"encoder\.down_blocks\.(\d{1,3})\.", name))})
+    resnets = {int(m[1]) for name in shapes if (m := re.match(r"encoder\.down_blocks\.0\.resnets\.(\d{1,3})\.", name))}
     firsts = [f"encoder.down_blocks.{i}.resnets.0.conv1.conv.weight" for i in levels]
     if absent := [name for name in firsts if len(shapes.get(name, ())) != 5]:
         raise UserError(

@@ -146,8 +146,9 @@ class TextRefiner(nn.Module):
         mean = (text.float() * valid.unsqueeze(-1)).sum(1) / lengths.unsqueeze(1)
         vector = self.t_embedder(timestep) + self.c_embedder(mean)
         x = self.input_embedder(text).float()
+        counts = lengths.tolist()
         for block in self.individual_token_refiner.blocks:
-            x = block(x, vector, lengths.tolist())
+            x = block(x, vector, counts)
         return x
 
 

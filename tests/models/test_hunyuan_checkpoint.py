@@ -255,7 +255,8 @@ def test_a_wrong_transformer_is_refused(tiny_hunyuan, tmp_path, change, message)
     (lambda s: s.update({"clean_x_embedder.proj.weight": torch.zeros(2)}), "this is FramePack"),
     (lambda s: s.update({"byt5_in.fc1.weight": torch.zeros(2)}), r"HunyuanVideo 1\.5 or HunyuanImage"),
     (lambda s: s.update({"img_in.weight": torch.zeros(2, 2)}), "this is a Flux transformer"),
-    (lambda s: [s.pop(n) for n in list(s) if n.startswith("single_blocks")], "incomplete HunyuanVideo transformer"),
+    (lambda s: [s.pop(n) for n in list(s) if n.startswith("single_blocks")], r"single_blocks\.0 is missing"),
+    (lambda s: s.update({"double_blocks.99999999999999999999.x": torch.zeros(2)}), "the weights do not fit the model"),
 ])
 def test_relatives_are_called_by_their_names(tiny_hunyuan, tmp_path, change, message):
     state = dict(torch.load(tiny_hunyuan["token_replace"] / TRANSFORMER_FILE, weights_only=True)["module"])
