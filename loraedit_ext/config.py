@@ -47,9 +47,9 @@ class ModelSettings(Settings):
     vae_path: Path | None = None
     """VAE weights to use instead of the folder's."""
     llm_path: Path | None = None
-    """Text encoder weights to use instead of the folder's."""
+    """Text encoder weights (UMT5, LLaVA) to use instead of the folder's."""
     clip_path: Path | None = None
-    """Image encoder weights to use instead of the folder's."""
+    """CLIP weights to use instead of the folder's: Wan's image encoder, HunyuanVideo's second text encoder."""
     dtype: DType = "bfloat16"
     """Compute dtype; bfloat16 means autocast around fp32 residuals."""
     transformer_dtype: StorageDType | None = None
