@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from models.checkpoint import Entry, Tensors
+from models.checkpoint import Entry, Tensors, release_pages
 from models.keymap import KeyMap
 from models.lora_names import LoraNames, LoraWeights, split_key
 
@@ -192,12 +192,31 @@ def _piece(name: str) -> str:
 
 def _fused(parts: Sequence[Entry]) -> Entry:
     first = parts[0]
+    for part in parts:
+        if not part.shape or part.shape[1:] != first.shape[1:]:
+            raise UserError(
+                f"{part.file}: {part.source} has shape {part.shape} beside {first.source} with {first.shape}; expected the "
+                "same width. The file is damaged or of another model."
+            )
     shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
-    return Entry(first.source, first.file, shape, first.dtype, _concatenation(parts), mapped=False)
+    same = all(part.dtype == first.dtype for part in parts)
+    dtype = first.dtype if same else torch.float32
+    return Entry(first.source, first.file, shape, dtype, _concatenation(parts, dtype), mapped=False)
 
 
-def _concatenation(parts: Sequence[Entry]) -> Callable[[], Tensor]:
-    return lambda: torch.cat([part.read() for part in parts])
+def _concatenation(parts: Sequence[Entry], dtype: torch.dtype) -> Callable[[], Tensor]:
+    """Reads the parts into one tensor, and gives the file's pages under each back before the next."""
+    def read() -> Tensor:
+        first = parts[0]
+        joined = torch.empty(sum(part.shape[0] for part in parts), *first.shape[1:], dtype=dtype)
+        for part, rows in zip(parts, joined.split([part.shape[0] for part in parts]), strict=True):
+            source = part.read()
+            rows.copy_(source)
+            if part.mapped and source.is_contiguous():
+                release_pages(source)
+        return joined
+
+    return read
 
 
 def _swap_halves(tensor: Tensor) -> Tensor:

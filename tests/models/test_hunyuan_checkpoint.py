@@ -298,6 +298,9 @@ def test_a_missing_part_of_a_fused_linear_is_named_as_diffusers_has_it(tmp_path)
                and not n.startswith("single_transformer_blocks.0.attn.to_")}, path)
     with pytest.raises(UserError, match=r"2 missing: single_transformer_blocks\.0\.attn\.to_q\.weight"):
         HunyuanTransformerFiles(tmp_path).transformer_tensors()
+    save_file(state | {"transformer_blocks.0.attn.to_v.weight": torch.zeros(64, 1)}, path)
+    with pytest.raises(UserError, match=r"to_v\.weight has shape \(64, 1\) beside"):
+        HunyuanTransformerFiles(tmp_path).transformer_tensors()
 
 
 def test_identity_follows_the_files(tiny_hunyuan, tmp_path):
