@@ -208,7 +208,8 @@ class EvaluationSettings(Settings):
     """[evaluation]: what evaluate.py needs for the metrics that have weights."""
 
     clip_path: Path | None = None
-    """CLIP in Hugging Face layout; default: `checkpoints/clip-vit-large-patch14` in the current folder."""
+    """CLIP in Hugging Face layout, or a Wan2.1-I2V checkpoint whose CLIP is used (its folder, or its models_clip file);
+    default: `checkpoints/clip-vit-large-patch14` in the current folder."""
     deqa_command: list[str] = []
     """Program and arguments that score a folder of frames, see docs/evaluation.md; default: no DeQA score."""
     deqa_timeout: float = Field(3600, gt=0)

@@ -1,4 +1,4 @@
-"""The paper's CLIP score and input similarity (section 4.2), from a CLIP folder on disk.
+"""The paper's CLIP score and input similarity (section 4.2), from a CLIP folder on disk, or with Wan's own CLIP.
 
 Needs torch and transformers, not torchvision, and never the network. Videos are uint8 (F, H, W, 3) RGB.
 """
@@ -18,9 +18,13 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import hash_file
 from common.progress import progress
+from models.checkpoint import open_tensors
+from models.wan.checkpoint import IMAGE_ENCODER_FILE
+from models.wan.encoders import load_clip_image_model
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 BATCH = 8
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -60,39 +64,39 @@ class ClipResult:
         return asdict(self)
 
 
-def find_weights(folder: Path) -> Path | None:
-    """The weight file of a CLIP folder, or None where there is none."""
-    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+def find_weights(path: Path) -> Path | None:
+    """The weight file of a CLIP folder or of a Wan checkpoint, or None where there is none; a file is itself."""
+    if path.is_file():
+        return path
+    return next((path / name for name in (*WEIGHTS, IMAGE_ENCODER_FILE) if (path / name).is_file()), None)
 
 
 class ClipImages:
-    """The image tower of a CLIP model in Hugging Face layout.
+    """The image tower of a CLIP model in Hugging Face layout, or of a Wan2.1-I2V checkpoint.
 
     Args:
-        folder: holds config.json, preprocessor_config.json and model.safetensors (or pytorch_model.bin).
+        path: folder with config.json, preprocessor_config.json and model.safetensors (or pytorch_model.bin); or a Wan
+            checkpoint's folder in the original layout; or its models_clip file.
         device: where it runs.
+        num_heads: of a models_clip file, which does not tell; default: heads 80 wide, as in the released one.
 
     Raises:
         UserError: files are missing, or this is no CLIP model.
     """
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-        weights = find_weights(folder)
-        missing = [name for name in NEEDED if not (folder / name).is_file()]
-        if weights is None or missing:
-            raise UserError(
-                f"{folder}: not a whole CLIP folder, without {', '.join(missing) or ' or '.join(WEIGHTS)}. "
-                "Expected the Hugging Face layout, e.g. a download of openai/clip-vit-large-patch14."
-            )
-        config = _vision_config(folder / "config.json")
+    def __init__(self, path: Path, device: torch.device, num_heads: int | None = None) -> None:
+        weights = find_weights(path)
         self.device = device
-        self.processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
-        self.model = _load(config, weights).eval().to(device)
+        if weights is not None and weights.name not in WEIGHTS:
+            self.processor, self.model, name = *_open_wan(weights, num_heads), f"Wan's CLIP ({weights.name})"
+        else:
+            self.processor, self.model, name = *_open_folder(path, weights), path.resolve().name
+        assert weights is not None, "the folder was opened"
+        self.model = self.model.eval().to(device)
         self.sha256 = hash_file(weights)
+        config = self.model.config
         self.variant = (
-            f"{folder.resolve().name}: {config.num_hidden_layers} layers of {config.hidden_size}, "
+            f"{name}: {config.num_hidden_layers} layers of {config.hidden_size}, "
             f"{config.image_size} pixels, patch {config.patch_size}"
         )
 
@@ -108,6 +112,33 @@ class ClipImages:
                 parts.append(torch.nn.functional.normalize(embedded.float(), dim=-1).cpu())
                 bar.update(len(batch))
         return torch.cat(parts)
+
+
+def _open_folder(
+    folder: Path, weights: Path | None
+) -> tuple[CLIPImageProcessorPil, CLIPVisionModelWithProjection]:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    missing = [name for name in NEEDED if not (folder / name).is_file()]
+    if weights is None or missing:
+        raise UserError(
+            f"{folder}: not a whole CLIP folder, without {', '.join(missing) or ' or '.join(WEIGHTS)}. "
+            "Expected the Hugging Face layout, e.g. a download of openai/clip-vit-large-patch14, or a Wan2.1-I2V "
+            f"checkpoint with {IMAGE_ENCODER_FILE}."
+        )
+    processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+    return processor, _load(_vision_config(folder / "config.json"), weights)
+
+
+def _open_wan(
+    weights: Path, num_heads: int | None
+) -> tuple[CLIPImageProcessorPil, CLIPVisionModelWithProjection]:
+    """Wan's tower with CLIP's own preprocessing; Wan squashes pictures into the square instead."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    model = load_clip_image_model(open_tensors(weights), num_heads=num_heads)
+    side = model.config.image_size
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}), model
 
 
 def _vision_config(path: Path) -> CLIPVisionConfig:

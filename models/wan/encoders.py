@@ -22,7 +22,7 @@ from models.wan.tokenizer import EMBEDDED, WanTokenizer
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
-    from transformers import CLIPVisionModel, UMT5EncoderModel
+    from transformers import CLIPVisionModel, CLIPVisionModelWithProjection, UMT5EncoderModel
 
 LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
                 0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
@@ -285,6 +285,45 @@ class WanImageEncoder:
         """Features (tokens, width), float32, of an image (3, H, W) in [-1, 1]."""
         pixels = self.preprocess(image).to(self.dtype)
         return self.model(pixel_values=pixels).last_hidden_state[0].float()
+
+
+def load_clip_image_model(
+    tensors: Tensors, device: torch.device | str = "cpu", num_heads: int | None = None
+) -> CLIPVisionModelWithProjection:
+    """The whole tower with CLIP's projection, float32: what it was before Wan took its last block but one.
+
+    The released file holds both, because upstream's module has them and loads it strictly (`wan/modules/clip.py`).
+
+    Args:
+        tensors: in original names, or transformers' with `visual_projection.weight`.
+        num_heads: default: heads 80 wide.
+
+    Raises:
+        UserError: not the weights of a CLIP vision tower, or without its projection.
+    """
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    tensors = dequantised(tensors)
+    head = next((entry for name, entry in tensors.entries.items() if name in ("visual.head", "head")), None)
+    tower = _image_encoder_in_library_names(tensors)
+    if head is not None:
+        projection = head.derived(head.shape[::-1], head.dtype, torch.t)
+    elif "visual_projection.weight" in tensors:
+        projection = tensors.entries["visual_projection.weight"]
+    else:
+        raise UserError(f"{tensors.where}: a CLIP vision tower without its projection (`visual.head`), which the CLIP "
+                        "metrics need. Give the original models_clip file, or a CLIP folder.")
+    settings = _image_encoder_settings(tower, {}, num_heads)
+    layers = _count(tower, r"encoder\.layers\.(\d+)\.")
+    config = CLIPVisionConfig(**settings, num_hidden_layers=layers, projection_dim=projection.shape[0])
+    with torch.device("meta"):
+        model = CLIPVisionModelWithProjection(config)
+    entries = {f"vision_model.{name}": entry for name, entry in tower.entries.items()}
+    whole = Tensors(entries | {"visual_projection.weight": projection}, tensors.where, tower.spell)
+    load_into(model, whole, lambda name, tensor: torch.float32, device)
+    embeddings = model.vision_model.embeddings
+    embeddings.position_ids = torch.arange(embeddings.num_positions, device=device).unsqueeze(0)  # not in any file
+    return model.eval()
 
 
 def _image_encoder_in_library_names(tensors: Tensors) -> Tensors:

@@ -44,6 +44,55 @@ def clip(folder) -> clip_metrics.ClipImages:
     return clip_metrics.ClipImages(folder, CPU)
 
 
+@pytest.fixture(scope="module")
+def wan_file(folder, tmp_path_factory) -> Path:
+    """The same image tower as `folder`'s in the names of Wan's models_clip file; 31 layers of it would be Wan's."""
+    theirs = load_file(folder / "model.safetensors")
+    ours = {"log_scale": torch.zeros(()), "visual.head": theirs["visual_projection.weight"].t().contiguous()}
+    for name, tensor in theirs.items():
+        if not name.startswith("vision_model.") or name.endswith("position_ids"):
+            continue
+        short = name.removeprefix("vision_model.")
+        for old, new in (("embeddings.class_embedding", "cls_embedding"), ("pre_layrnorm", "pre_norm"),
+                         ("embeddings.position_embedding.weight", "pos_embedding"), ("post_layernorm", "post_norm"),
+                         ("embeddings.patch_embedding", "patch_embedding"), ("encoder.layers", "transformer"),
+                         ("layer_norm", "norm"), ("self_attn.out_proj", "attn.proj"), ("mlp.fc1", "mlp.0"),
+                         ("mlp.fc2", "mlp.2")):  # fmt: skip
+            short = short.replace(old, new)
+        lead = {"cls_embedding": (1, 1), "pos_embedding": (1,)}.get(short, ())
+        ours[f"visual.{short}"] = tensor.reshape(*lead, *tensor.shape)
+    for index in range(VISION["num_hidden_layers"]):
+        for kind in ("weight", "bias"):
+            parts = [ours.pop(f"visual.transformer.{index}.self_attn.{part}_proj.{kind}") for part in "qkv"]
+            ours[f"visual.transformer.{index}.attn.to_qkv.{kind}"] = torch.cat(parts)
+    path = tmp_path_factory.mktemp("wan") / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+    torch.save(ours, path)
+    return path
+
+
+def test_wans_own_clip_embeds_as_the_clip_that_it_is(folder, clip, wan_file):
+    """The whole tower, its last norm and its projection; by the file, or by the checkpoint's folder."""
+    exact = CLIPModel.from_pretrained(folder, vision_config=VISION | {"hidden_act": "gelu"}, text_config=TEXT).eval()
+    frames = video(0, height=60)
+    pixels = clip.processor(list(frames), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        theirs = exact.get_image_features(pixel_values=pixels).pooler_output
+    expected = theirs / theirs.norm(dim=-1, keepdim=True)
+    for path in (wan_file, wan_file.parent):
+        ours = clip_metrics.ClipImages(path, CPU, num_heads=VISION["num_attention_heads"])
+        torch.testing.assert_close(ours.embed(frames), expected, atol=1e-5, rtol=1e-4)
+        assert ours.variant.startswith(f"Wan's CLIP ({wan_file.name}): 2 layers of 32")
+    assert not torch.allclose(clip.embed(frames), expected, atol=1e-3)  # quick_gelu, where Wan's has the exact one
+
+
+def test_a_tower_without_its_projection_is_told(wan_file, tmp_path):
+    state = torch.load(wan_file, weights_only=True)
+    del state["visual.head"]
+    torch.save(state, tmp_path / wan_file.name)
+    with pytest.raises(UserError, match=r"without its projection \(`visual\.head`\)"):
+        clip_metrics.ClipImages(tmp_path, CPU, num_heads=4)
+
+
 def video(seed: int, frames: int = 5, height: int = 40, width: int = 40) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), np.uint8)
 
