@@ -1,7 +1,7 @@
 """Many trials without a server: `python -m loraedit_ext.sweep sweep.toml`, one process and one GPU a trial.
 
-Trials are the project's own commands with `key=value` overrides. What is done is not done again, and a trial that
-fails leaves the others alone.
+Trials are the project's own commands with `key=value` overrides, on this machine or placed by Ray. What is done is not
+done again, and a trial that fails leaves the others alone.
 """
 
 from __future__ import annotations
@@ -12,27 +12,24 @@ import math
 import os
 import random
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import closing
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from common.errors import ErrorCollector, UserError
-from common.files import write_json_atomic
 from common.progress import progress
 from common.settings import Settings, load_settings, read_toml
 from loraedit_ext import cli, sweep_results
 from loraedit_ext.config import load_config
 from loraedit_ext.evaluation.sweep_page import write_page
-from loraedit_ext.state import LATEST
-from loraedit_ext.sweep_results import RECORD, Trial, assignments
+from loraedit_ext.sweep_local import LocalEngine
+from loraedit_ext.sweep_ray import RayEngine
+from loraedit_ext.sweep_results import Trial, assignments
 
-ROOT = Path(__file__).resolve().parents[1]
 LOG_TAIL = 5
 """Lines of a failed trial's log that the terminal shows."""
 
@@ -73,7 +70,11 @@ class SweepSettings(Settings):
     seed: int = 0
     """Of the random search."""
     jobs: int | None = Field(None, ge=1)
-    """Trials at a time; default: one for each GPU, or one on a CPU."""
+    """Trials at a time; default: one for each GPU, or one on a CPU (with Ray: one for each CPU)."""
+    engine: Literal["local", "ray"] = "local"
+    """`local`: this machine; `ray`: all hosts of a Ray cluster."""
+    address: str | None = None
+    """Of the Ray cluster: `host:port`; `auto` (default): the one that this host belongs to; `local`: of its own, here."""
     edit: bool = True
     """Run inference.py after the training."""
     evaluate: bool = True
@@ -99,6 +100,10 @@ class SweepSettings(Settings):
             raise ValueError("a random search needs `trials`, the number of combinations to draw")
         if empty := [key for key, choice in self.parameters.items() if choice == []]:
             raise ValueError(f"`parameters.{empty[0]}` lists no value")
+        if self.address and self.engine != "ray":
+            raise ValueError("`address` is that of a Ray cluster; set engine = 'ray', or leave it out")
+        if (self.address or "").startswith("ray://"):
+            raise ValueError("Ray Client (ray://) is not used; give host:port, and start the sweep on one of the hosts")
         if self.evaluate and not self.edit:
             raise ValueError("evaluate = true needs edit = true; there is nothing to judge otherwise")
         return self
@@ -112,13 +117,16 @@ def _flatten(prefix: str, table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def load_sweep(path: Path) -> SweepSettings:
+def load_sweep(path: Path, overrides: Mapping[str, Any] | None = None) -> SweepSettings:
     """Read sweep.toml; its paths are relative to it.
+
+    Args:
+        overrides: keys of it that the command line sets.
 
     Raises:
         UserError: anything that is wrong with it.
     """
-    settings = load_settings(SweepSettings, path, read_toml(path))
+    settings = load_settings(SweepSettings, path, read_toml(path) | dict(overrides or {}))
     base = path.resolve().parent
     return settings.model_copy(update={
         "configs": [_absolute(base, config) for config in settings.configs],
@@ -163,115 +171,37 @@ def plan_trials(settings: SweepSettings) -> list[Trial]:
     return list(trials.values())
 
 
-def slots(settings: SweepSettings) -> list[str | None]:
-    """One entry for each trial that may run at a time: the GPU it sees, or None on a CPU.
-
-    Raises:
-        UserError: more trials at a time than GPUs.
-    """
-    gpus = _gpus()
-    if not gpus:
-        return [None] * (settings.jobs or 1)
-    if settings.jobs and settings.jobs > len(gpus):
-        raise UserError(f"jobs = {settings.jobs}, but there are {len(gpus)} GPUs, and a trial takes one of its own.")
-    return list(gpus[: settings.jobs])
-
-
-def _gpus() -> list[str]:
-    import torch
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    named = [name for name in (visible or "").split(",") if name]
-    count = torch.cuda.device_count()
-    return named[:count] if visible is not None else [str(index) for index in range(count)]
-
-
 class Sweep:
     """Runs the trials that are not done, and keeps the table of results.
 
     Args:
         settings: with absolute paths.
+
+    Raises:
+        UserError: a trial or an engine that cannot be.
     """
 
     def __init__(self, settings: SweepSettings) -> None:
         self.settings = settings
         self.trials = plan_trials(settings)
-        self.slots = slots(settings)
-        self._free: SimpleQueue[str | None] = SimpleQueue()
-        for slot in self.slots:
-            self._free.put(slot)
-        self._running: set[subprocess.Popen] = set()
-        self._stopping = False
+        wanted = {"train": True, "inference": settings.edit, "evaluate": settings.evaluate}
+        self.steps = [step for step, is_wanted in wanted.items() if is_wanted]
 
     def run(self) -> list[Trial]:
         """Run what is left; returns the trials that failed."""
-        waiting = [trial for trial in self.trials if not self._is_done(trial)]
+        waiting = [trial for trial in self.trials if not set(self.steps) <= set(trial.record().get("done", []))]
+        engine = open_engine(self.settings)
         print(f"sweep     {len(self.trials)} trials, {len(self.trials) - len(waiting)} done before; "
-              f"{len(self.slots)} at a time; results in {self.settings.output_dir}", flush=True)
-        pool = ThreadPoolExecutor(len(self.slots))
-        try:
-            futures = {pool.submit(self._run_trial, trial): trial for trial in waiting}
-            with progress(len(waiting), "trials", unit="trial") as bar:
-                for future in as_completed(futures):
-                    self._tell(futures[future], future)
-                    bar.update()
-        finally:
-            self._stopping = True
-            for process in list(self._running):
-                process.terminate()
-            pool.shutdown(cancel_futures=True)
+              f"{engine}; results in {self.settings.output_dir}", flush=True)
+        with progress(len(waiting), "trials", unit="trial") as bar, closing(engine.run(waiting, self.steps)) as ended:
+            for trial in ended:
+                self._tell(trial)
+                bar.update()
         entries = sweep_results.write(self.settings.output_dir, self.trials)
         write_page(self.settings.output_dir, entries)
         return [trial for trial in self.trials if trial.record().get("status") != "done"]
 
-    def _steps(self) -> list[str]:
-        wanted = {"train": True, "inference": self.settings.edit, "evaluate": self.settings.evaluate}
-        return [step for step, is_wanted in wanted.items() if is_wanted]
-
-    def _is_done(self, trial: Trial) -> bool:
-        return set(self._steps()) <= set(trial.record().get("done", []))
-
-    def _run_trial(self, trial: Trial) -> None:
-        gpu = self._free.get()
-        try:
-            record = trial.facts() | {"done": trial.record().get("done", []), "status": "running"}
-            for step in self._steps():
-                if step in record["done"] or self._stopping:
-                    continue
-                write_json_atomic(trial.folder / RECORD, record)
-                code = self._command(trial, step, gpu)
-                if code:
-                    record |= {"status": "failed", "failed": step, "exit_status": code}
-                    break
-                record["done"] = [*record["done"], step]
-            if self._stopping:
-                record["status"] = "interrupted"
-            elif record["status"] == "running":
-                record["status"] = "done"
-            write_json_atomic(trial.folder / RECORD, record)
-        finally:
-            self._free.put(gpu)
-
-    def _command(self, trial: Trial, step: str, gpu: str | None) -> int:
-        """Run one of the verbs to its log; its exit status."""
-        command = [sys.executable, str(ROOT / f"{step}.py"), "--config", str(trial.config), *trial.overrides()]
-        if step == "train" and list(trial.runs.glob(f"*/{LATEST}")):
-            command.append("resume_from_checkpoint=true")
-        environment = dict(os.environ)
-        if gpu is None:
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(self.slots))))
-        else:
-            environment["CUDA_VISIBLE_DEVICES"] = gpu
-        with open(trial.log(step), "w", encoding="utf-8") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-            self._running.add(process)
-            try:
-                return process.wait()
-            finally:
-                self._running.discard(process)
-
-    def _tell(self, trial: Trial, future: Future) -> None:
-        future.result()
+    def _tell(self, trial: Trial) -> None:
         record = trial.record()
         print(f"{record['status']:<9} {trial.name}", flush=True)
         if record["status"] == "failed":
@@ -281,9 +211,16 @@ class Sweep:
         sweep_results.write(self.settings.output_dir, self.trials)
 
 
-def run_sweep(path: Path) -> list[Trial]:
+def open_engine(settings: SweepSettings) -> LocalEngine | RayEngine:
+    """What places and runs the trials."""
+    if settings.engine == "ray":
+        return RayEngine(settings.address or "auto", settings.jobs)
+    return LocalEngine(settings.jobs)
+
+
+def run_sweep(path: Path, overrides: Mapping[str, Any] | None = None) -> list[Trial]:
     """Run or continue a sweep, print its table; returns the trials that failed."""
-    settings = load_sweep(path)
+    settings = load_sweep(path, overrides)
     failed = Sweep(settings).run()
     print("\n" + (settings.output_dir / sweep_results.TABLE).read_text(encoding="utf-8"), flush=True)
     return failed
@@ -293,11 +230,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, run; 1 if a trial failed."""
     parser = argparse.ArgumentParser(description="Grid or random search over any keys and over several edit jobs.")
     parser.add_argument("sweep", type=Path, metavar="sweep.toml", help="what to vary (see examples/sweep.toml)")
+    parser.add_argument("--engine", choices=["local", "ray"], help="instead of the one that sweep.toml names")
+    parser.add_argument("--address", metavar="HOST:PORT", help="of the Ray cluster; also `auto`, or `local` for one's own")
     options = parser.parse_args(arguments)
+    overrides = {key: value for key in ("engine", "address") if (value := getattr(options, key))}
     # As if by Ctrl-C, so that trials are ended too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed: list[Trial] = []
-    status = cli.guarded(lambda: failed.extend(run_sweep(options.sweep)), traceback=False)
+    status = cli.guarded(lambda: failed.extend(run_sweep(options.sweep, overrides)), traceback=False)
     return status or int(bool(failed))
 
 

@@ -23,6 +23,7 @@ from loraedit_ext import sweep
 from loraedit_ext.config import load_config, parse_value
 from loraedit_ext.evaluation import sweep_page
 from loraedit_ext.evaluation.sweep_page import write_page
+from loraedit_ext.sweep_local import slots
 from loraedit_ext.sweep_results import assignments, table
 
 ROOT = Path(__file__).parents[2]
@@ -102,20 +103,19 @@ def test_a_sweep_that_cannot_be_is_refused_before_it_starts(edit_folder, text, w
     assert not (edit_folder.path / "sweep").exists()
 
 
-def test_each_gpu_gets_one_trial_at_a_time(edit_folder, monkeypatch):
+def test_each_gpu_gets_one_trial_at_a_time(monkeypatch):
     import torch
 
-    settings = sweep.load_sweep(write_sweep(edit_folder, '[parameters]\n"adapter.rank" = [1]'))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert sweep.slots(settings) == ["0", "1"]
+    assert slots(None) == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
-    assert sweep.slots(settings) == ["5", "3"]
-    assert sweep.slots(settings.model_copy(update={"jobs": 1})) == ["5"]
+    assert slots(None) == ["5", "3"]
+    assert slots(1) == ["5"]
     with pytest.raises(UserError, match="jobs = 3, but there are 2 GPUs"):
-        sweep.slots(settings.model_copy(update={"jobs": 3}))
+        slots(3)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert sweep.slots(settings.model_copy(update={"jobs": 3})) == [None] * 3
+    assert slots(3) == [None] * 3
 
 
 def test_the_example_sweeps_set_keys_that_runs_have():

@@ -1,0 +1,189 @@
+"""Sweeps on Ray: a killed worker's trial is tried again, a trial that fails by itself is not, nothing listens outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from common import with_parent
+from common.errors import UserError
+from loraedit_ext import sweep, sweep_ray
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 240
+"""Seconds for what takes five on an idle machine."""
+
+
+def wait_for(what: str, look: Callable[[], Any], sweep_process: subprocess.Popen | None = None) -> Any:
+    deadline = time.monotonic() + PATIENCE
+    while not (found := look()):
+        assert time.monotonic() < deadline, f"no {what}"
+        assert sweep_process is None or sweep_process.poll() is None, f"the sweep ended before there was a {what}"
+        time.sleep(0.1)
+    return found
+
+
+@pytest.fixture
+def environment():
+    """Ray's files in a folder of its own with a short name (sockets), its token in no home."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    yield os.environ | {"RAY_TMPDIR": folder, "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    shutil.rmtree(folder)
+
+
+def start(path: Path, environment: dict[str, str]) -> subprocess.Popen:
+    command = [sys.executable, "-m", "loraedit_ext.sweep", str(path), "--engine", "ray", "--address", "local"]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def write_sweep(folder, text: str) -> Path:
+    path = folder.path / "sweep.toml"
+    path.write_text('configs = ["edit.toml"]\noutput_dir = "sweep"\nedit = false\nevaluate = false\n' + text)
+    return path
+
+
+def records(path: Path) -> list[dict]:
+    return [json.loads(file.read_text()) for file in sorted((path.parent / "sweep" / "trials").glob("*/trial.json"))]
+
+
+def record_of(path: Path, kind: str) -> dict:
+    return next((record for record in records(path) if record["values"]["optimizer.type"] == kind), {})
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def listening(processes: list[psutil.Process]) -> set[str]:
+    """Addresses of all TCP sockets that wait for connections."""
+    return {
+        connection.laddr.ip for process in processes for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_killed_workers_trial_is_tried_again_and_a_failing_one_is_not(edit_folder, environment):
+    path = write_sweep(edit_folder, 'jobs = 2\noverrides = ["stage.0.steps=1000000"]\n'
+                                    '[parameters]\n"optimizer.type" = ["adamw", "nonsense"]\n')
+    process = start(path, environment)
+    runs = path.parent / "sweep" / "trials"
+    logs = lambda: list(runs.glob("*/runs/*/metrics.jsonl"))  # noqa: E731
+    try:
+        (first_log,) = wait_for("training", logs, process)
+        ours = psutil.Process(process.pid).children(recursive=True)
+        worker = psutil.Process(record_of(path, "adamw")["pid"])
+        assert worker in ours
+        (trainer,) = worker.children()
+        assert "train.py" in " ".join(trainer.cmdline())
+        rays = [member for member in ours if alive(member) and "train.py" not in " ".join(member.cmdline())]
+        assert {ip.removeprefix("::ffff:") for ip in listening(rays)} == {"127.0.0.1"}
+        worker.kill()
+        wait_for("end of the killed worker's trainer", lambda: not alive(trainer))
+        assert wait_for("second attempt", lambda: record_of(path, "adamw")["attempts"] == 2, process)
+        first_log.parent.rename(path.parent / "first")  # never saved a state, so the second attempt is a new run
+        (second_log,) = wait_for("training anew", logs, process)
+        (second_log.parent / "save_quit").touch()
+        out, _ = process.communicate(timeout=PATIENCE)
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+    assert process.returncode == 1, out
+    good, bad = record_of(path, "adamw"), record_of(path, "nonsense")
+    assert (good["status"], good["attempts"], good["done"]) == ("done", 2, ["train"])
+    assert (bad["status"], bad["attempts"], bad["failed"]) == ("failed", 1, "train")
+    assert bad["exit_status"] == 2
+    entries = json.loads((path.parent / "sweep" / "results.json").read_text())["trials"]
+    assert [entry["status"] for entry in entries] == ["done", "failed"]
+    assert entries[0]["metrics"]["train/loss"] > 0
+    assert "2 at a time by Ray (local: 1 host(s), 2 CPUs)" in out
+    assert re.search(r"\| .*nonsense", out)  # the end of the failed trial's log, where a person looks
+    wait_for("end of Ray's processes", lambda: not any(map(alive, ours)))
+
+
+@pytest.mark.slow
+def test_a_terminated_sweep_ends_its_trials_and_marks_them(edit_folder, environment):
+    path = write_sweep(edit_folder, 'jobs = 1\noverrides = ["stage.0.steps=1000000"]\n'
+                                    '[parameters]\n"optimizer.type" = ["adamw", "sgd"]\n')
+    process = start(path, environment)
+    try:
+        wait_for("training", lambda: list((path.parent / "sweep").glob("trials/*/runs/*/metrics.jsonl")), process)
+        ours = psutil.Process(process.pid).children(recursive=True)
+    finally:
+        process.terminate()
+        process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130
+    (record,) = records(path)  # the second was not started
+    assert record["status"] == "interrupted"
+    wait_for("end of Ray's processes", lambda: not any(map(alive, ours)))
+
+
+def test_a_child_ends_with_a_parent_that_is_killed(tmp_path):
+    """The parent sleeps after it has started the child; SIGKILL leaves it no time for anything."""
+    code = ("import subprocess, sys, time; from common import with_parent;"
+            "child = subprocess.Popen(with_parent.command([sys.executable, '-c', 'import time; time.sleep(1000)']));"
+            "print(child.pid, flush=True); time.sleep(1000)")
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(parent.stdout.readline()))
+    wait_for("program in the child", lambda: "time.sleep(1000)" in child.cmdline()[-1])
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    wait_for("end of the child", lambda: not alive(child))
+
+
+def test_a_child_whose_parent_is_gone_already_does_not_start(tmp_path):
+    program = [sys.executable, "-c", f"open({str(tmp_path / 'started')!r}, 'w')"]
+    command = with_parent.command(program)
+    subprocess.run(command, check=True)
+    assert (tmp_path / "started").unlink() is None
+    stranger = str(os.getppid())
+    subprocess.run([stranger if part == str(os.getpid()) else part for part in command], check=True)
+    assert not (tmp_path / "started").exists()
+
+
+def test_a_trial_takes_a_gpu_with_its_share_of_the_cpus():
+    big, small, head = {"GPU": 8.0, "CPU": 64.0}, {"GPU": 4.0, "CPU": 16.0}, {"CPU": 128.0}
+    assert sweep_ray.share([head, big, small]) == {"num_gpus": 1, "num_cpus": 4}
+    assert sweep_ray.share([head]) == {"num_cpus": 1}
+    assert sweep_ray.share([{"GPU": 4.0, "CPU": 2.0}]) == {"num_gpus": 1, "num_cpus": 0}
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ('address = "auto"', "set engine = 'ray'"),
+    ('engine = "ray"\naddress = "ray://head:10001"', "give host:port"),
+    ('engine = "rey"', "'local' or 'ray'"),
+])
+def test_an_engine_that_cannot_be_is_refused(edit_folder, text, words):
+    with pytest.raises(UserError, match=words):
+        sweep.load_sweep(write_sweep(edit_folder, text + '\n[parameters]\n"adapter.rank" = [1]'))
+
+
+@pytest.mark.parametrize(("prepare", "words"), [
+    ("import sys; sys.modules['ray'] = None", "pip install -c requirements.lock -r requirements-ray.txt"),
+    ("pass", "address = 'auto': no connection to Ray"),
+])
+def test_no_ray_or_no_cluster_is_told_with_the_cure(edit_folder, environment, prepare, words):
+    path = write_sweep(edit_folder, 'engine = "ray"\n[parameters]\n"adapter.rank" = [1]\n')
+    code = f"{prepare}; import sys; from loraedit_ext import sweep; sys.exit(sweep.main([{str(path)!r}]))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert not (edit_folder.path / "sweep").exists()
