@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
 from common.files import write_json_atomic
 from loraedit_ext import lora, state
-from loraedit_ext.config import RunConfig
+from loraedit_ext.config import RunConfig, parse_value
 
 CONFIG_COPY = "config.json"
 
@@ -46,6 +49,34 @@ def to_resume(config: RunConfig) -> Path | None:
 def write_config(folder: Path, config: RunConfig, job_fields: dict) -> None:
     """The resolved configuration and what became of the job; holds no secret, because none is accepted."""
     write_json_atomic(folder / CONFIG_COPY, {"config": config.model_dump(mode="json"), "job": job_fields})
+
+
+def overrides_of(folder: Path, config: RunConfig) -> list[str]:
+    """`key=value` for all in which a run's configuration differs from `config`: with them its TOML makes the run again.
+
+    Args:
+        folder: of the run; one without a copy of its configuration has no differences.
+        config: what the TOML alone says.
+    """
+    path = folder / CONFIG_COPY
+    if not path.is_file():
+        return []
+    wanted = json.loads(path.read_text(encoding="utf-8"))["config"]
+    there = config.model_dump(mode="json")
+    # Where it was interrupted does not matter: a resumed run equals the whole one.
+    return _differences(wanted | {"resume_from_checkpoint": there["resume_from_checkpoint"]}, there)
+
+
+def _differences(wanted: Mapping[str, Any], there: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in dict.fromkeys([*wanted, *there]):
+        value, other = wanted.get(key), there.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            found += _differences(value, other, f"{prefix}{key}.")
+        elif value != other:
+            plain = isinstance(value, str) and parse_value(value) == value
+            found.append(f"{prefix}{key}={value if plain else repr(value)}")
+    return found
 
 
 def newest_lora(output_dir: Path) -> Path:

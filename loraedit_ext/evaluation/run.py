@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from common.files import write_json_atomic
-from loraedit_ext.config import EvaluationSettings, RunConfig
+from loraedit_ext import run as runs
+from loraedit_ext.config import EvaluationSettings, RunConfig, load_config
 from loraedit_ext.evaluation.judge import Evaluation, judge, table
 from loraedit_ext.evaluation.report import write_report
 from loraedit_ext.evaluation.subject import Files, Subject, from_edit, from_files, newest_edit
@@ -81,8 +82,9 @@ def this_command() -> str:
 def commands_of(subject: Subject, config: Path) -> list[tuple[str, str]]:
     """(what it does, command) to make an edit of ours and its evaluation again."""
     assert subject.record is not None, "an edit of ours has its record"
+    overrides = runs.overrides_of(subject.run, load_config(config)) if subject.run else []
     return [
-        ("train", shlex.join(["deepspeed", "train.py", "--config", str(config)])),
+        ("train", shlex.join(["deepspeed", "train.py", "--config", str(config), *overrides])),
         ("edit", shlex.join(subject.record["command"])),
         ("evaluate", this_command()),
     ]

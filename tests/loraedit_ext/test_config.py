@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from common.errors import UserError
+from loraedit_ext import run as runs
 from loraedit_ext.config import load_config, parse_value
 
 
@@ -82,3 +83,25 @@ def test_contradictions_are_refused(edit_folder):
     ):
         with pytest.raises(UserError, match=words):
             load_config(edit_folder.config, overrides)
+
+
+@pytest.mark.parametrize("overrides", [
+    [], ["optimizer.lr=2e-4"], ["model.shift=None", "warmup_steps=3"], ["stage.0.steps=50", "output_dir=/tmp/a b"],
+    ["stage=[{name='only', steps=2, mix={motion=1}}]", "optimizer=None"], ["optimizer.eps=1e-6", "monitoring.wandb_tags=['a']"],
+    ["edit.lora=[{path='x.safetensors', strength=0.5}]"],
+])
+def test_a_run_folder_knows_what_its_command_set(edit_folder, overrides):
+    """The found overrides on the same TOML give the run's configuration again, and none is found where none was given."""
+    edit_folder.config.write_text(edit_folder.config.read_text().replace("[adapter]", "shift = 3.0\n[adapter]"))
+    config, folder = load_config(edit_folder.config, overrides), edit_folder.path / "run"
+    runs.write_config(folder, config.model_copy(update={"resume_from_checkpoint": True}), {})
+    found = runs.overrides_of(folder, load_config(edit_folder.config))
+    assert load_config(edit_folder.config, found) == config
+    assert bool(found) == bool(overrides)
+    assert runs.overrides_of(edit_folder.path, config) == []
+
+
+def test_only_what_differs_is_set(edit_folder):
+    runs.write_config(edit_folder.path / "run", load_config(edit_folder.config, ["optimizer.lr=2e-4", "seed=7"]), {})
+    found = runs.overrides_of(edit_folder.path / "run", load_config(edit_folder.config))
+    assert sorted(found) == ["optimizer.lr=0.0002", "seed=7"]

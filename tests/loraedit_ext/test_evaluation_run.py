@@ -86,7 +86,7 @@ def run_folder(folder, source, edited) -> Path:
         '{"step": 0, "motion/loss": 2.5}\n{"step": 1, "train/loss": 2.0}\n'
         '{"step": 2, "train/loss": 1.5, "motion/loss": 1.0}\n'
     )
-    config = load_config(folder / "edit.toml", ["edit.output=png"])
+    config = load_config(folder / "edit.toml", ["edit.output=png", "optimizer.lr=2e-4"])
     (step.parent / "config.json").write_text(json.dumps({"config": config.model_dump(mode="json")}))
     generated = np.clip(edited.astype(int) + 3, 0, 255).astype(np.uint8)
     job = load_job(folder / "job.toml", Grid())
@@ -279,7 +279,8 @@ def test_the_page_is_whole_and_alone(page_path):
             stream = container.streams.video[0]
             assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
             assert sum(1 for _ in container.decode(stream)) == FRAMES
-    for words in ("motion: mean over fixed noise levels", "deepspeed train.py --config", "Resolved configuration",
+    assert re.search(r"deepspeed train\.py --config \S+ optimizer\.lr=0\.0002 edit\.output=png\n?<", text)
+    for words in ("motion: mean over fixed noise levels", "Resolved configuration",
                   "gradient_accumulation_steps", "Warping error", "not computed: looked for"):  # fmt: skip
         assert words in text
 

@@ -82,6 +82,24 @@ def offline(monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
 
 
+def test_wandb_is_told_what_the_run_is(edit_folder, offline):
+    """Project, entity, group, name, tags; the whole configuration; and that every metric is over `train/step`."""
+    named = ["monitoring.wandb_tracker_name=helmets", "monitoring.wandb_entity=us", "monitoring.wandb_group=lr",
+             "monitoring.wandb_run_name=first"]
+    train(edit_folder, *WANDB, *named, "stage=[{name='motion', steps=1, mix={motion=1}}]")
+    (run,) = edit_folder.runs()
+    records = wandb_records(next((run / "wandb").glob("offline-run-*")))
+    told = next(record.run for record in records if record.WhichOneof("record_type") == "run")
+    assert (told.project, told.entity, told.run_group, told.display_name) == ("helmets", "us", "lr", "first")
+    assert list(told.tags) == ["helmet"]
+    logged = values(told.config.update)
+    resolved = json.loads((run / "config.json").read_text())["config"]
+    assert {key: logged[key] for key in resolved} == resolved
+    axes = {record.metric.glob_name or record.metric.name: record.metric.step_metric for record in records
+            if record.WhichOneof("record_type") == "metric"}
+    assert axes["*"] == "train/step"
+
+
 def test_wandb_gets_previews_the_final_lora_and_the_evaluation(edit_folder, offline):
     import evaluate
 
