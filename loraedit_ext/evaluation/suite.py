@@ -26,7 +26,7 @@ from dataset.images import write_png
 from dataset.video import read_video
 from dataset.video_writer import write_lossless
 from loraedit_ext.config import RunConfig
-from loraedit_ext.evaluation import suite_methods, suite_report, suite_tasks
+from loraedit_ext.evaluation import suite_methods, suite_page, suite_report, suite_tasks
 from loraedit_ext.evaluation.suite_claims import Results, claims
 from loraedit_ext.evaluation.suite_methods import METHODS, Method
 from loraedit_ext.evaluation.suite_scores import scores
@@ -263,14 +263,23 @@ def _report(
     }  # fmt: skip
     text = suite_report.markdown(results, found, facts)
     write_text_atomic(out / TABLE, text)
-    write_png(out / SHEET, sheet(results.tasks, cells, settings.seeds[0], out))
+    shown, videos = videos_of(results.tasks, cells, settings.seeds[0], out)
+    write_png(out / SHEET, suite_report.contact_sheet(results.tasks, shown, videos))
+    page = suite_page.write_page(out, results, found, facts, shown, videos)
     for line in ("", *suite_report.main_table(results), "", *suite_report.claims_table(found), ""):
         print(line)
-    print(f"wrote     {out / TABLE}\nwrote     {out / SHEET}", flush=True)
+    for path in (out / TABLE, out / SHEET, page):
+        print(f"wrote     {path}", flush=True)
 
 
-def sheet(tasks: Sequence[SuiteTask], cells: Iterable[Cell], seed: int, out: Path) -> np.ndarray:
-    """The contact sheet of the first seed, uint8 (H, W, 3)."""
+def videos_of(
+    tasks: Sequence[SuiteTask], cells: Iterable[Cell], seed: int, out: Path
+) -> tuple[list[str], dict[tuple[str, str], np.ndarray]]:
+    """What is there to be seen of a seed.
+
+    Returns:
+        The columns, source, truth and methods; and uint8 (F, H, W, 3) by task name and column.
+    """
     videos: dict[tuple[str, str], np.ndarray] = {}
     for task in tasks:
         media = TaskMedia(task)
@@ -281,7 +290,7 @@ def sheet(tasks: Sequence[SuiteTask], cells: Iterable[Cell], seed: int, out: Pat
         if cell.seed == seed and cell.method.key != "source" and path.is_file():
             videos[cell.task.name, cell.method.key] = read_video(path).frames
             methods[cell.method.key] = None
-    return suite_report.contact_sheet(tasks, ["source", "truth", *methods], videos)
+    return ["source", "truth", *methods], videos
 
 
 class _Progress:

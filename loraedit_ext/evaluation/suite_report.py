@@ -23,8 +23,8 @@ GROUPS: dict[str, Where] = {
 }  # fmt: skip
 SHEET_FRAMES = (4, 9)
 """Frames on the contact sheet; none of them is a reference."""
-MARGIN, LABEL, ZOOM = 4, 14, 2
-"""Pixels between pictures, height of a line of writing, enlargement of a frame."""
+MARGIN, LABEL, ZOOM, GREY = 4, 14, 2, 200
+"""Pixels between pictures, height of a line of writing, enlargement of a frame, and what is missing."""
 
 
 def markdown(results: Results, found: Sequence[Claim], facts: Mapping[str, str]) -> str:
@@ -39,13 +39,17 @@ def markdown(results: Results, found: Sequence[Claim], facts: Mapping[str, str])
 
 def main_table(results: Results) -> list[str]:
     """One row a method."""
-    columns = [(score.key, score.title, score.digits) for score in SCORES]
-    columns += [("steps", "LoRA steps", 0), ("seconds", "seconds", 1)]
     rows = [
-        [METHODS[method].title, *(cell(results.estimate(method, key), digits) for key, _, digits in columns)]
+        [METHODS[method].title, *(cell(results.estimate(method, key), digits) for key, _, _, digits in columns())]
         for method in METHODS if method in results.methods
     ]
-    return _table(["method", *(title for _, title, _ in columns)], rows)
+    return _table(["method", *(title for _, title, _, _ in columns())], rows)
+
+
+def columns() -> list[tuple[str, str, str, int]]:
+    """(key, title, which is better, digits) of every column of numbers."""
+    scores = [(score.key, score.title, score.better, score.digits) for score in SCORES]
+    return [*scores, ("steps", "LoRA steps", "", 0), ("seconds", "seconds", "lower", 1)]
 
 
 def group_table(results: Results, score: str) -> list[str]:
@@ -106,7 +110,7 @@ def contact_sheet(
 
 def _cell_picture(video: np.ndarray | None, height: int, width: int) -> np.ndarray:
     if video is None:
-        return np.full((ZOOM * height, ZOOM * width * len(SHEET_FRAMES), 3), 200, np.uint8)
+        return np.full((ZOOM * height, ZOOM * width * len(SHEET_FRAMES), 3), GREY, np.uint8)
     pair = np.concatenate([video[index] for index in SHEET_FRAMES], axis=1)
     return pair.repeat(ZOOM, 0).repeat(ZOOM, 1)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,17 @@ AREA = 208 * 120
 CRF = 26
 
 
+@dataclass(frozen=True)
+class Film:
+    """A video for a page."""
+
+    frames: np.ndarray
+    """uint8 (F, H, W, 3)."""
+    fps: Fraction
+    crf: int
+    """Of H.264."""
+
+
 def write_page(folder: Path, entries: Sequence[dict[str, Any]]) -> Path:
     """Write results.html; the videos are part of it, or beside it if they are too large together.
 
@@ -33,13 +45,8 @@ def write_page(folder: Path, entries: Sequence[dict[str, Any]]) -> Path:
         entries: of results.json.
     """
     parameters, measures = columns(entries)
-    shutil.rmtree(folder / VIDEOS, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".results-") as partial:
-        files = {entry["name"]: file for entry in entries if (file := small_video(entry, Path(partial)))}
-        embedded = sum(file.stat().st_size for file in files.values()) <= EMBED_BYTES
-        if not embedded:
-            shutil.copytree(partial, folder / VIDEOS)
-        videos = {name: data_uri(file) if embedded else f"{VIDEOS}/{file.name}" for name, file in files.items()}
+    films = ((entry["name"], film) for entry in entries if (film := small_video(entry)))
+    videos = place_films(folder, VIDEOS, films)
     page = environment().get_template(TEMPLATE).render(
         entries=entries, parameters=parameters, measures=measures, videos=videos, text=text,
         arrows={key: BY_KEY[key].arrow for key in measures if key in BY_KEY},
@@ -49,7 +56,27 @@ def write_page(folder: Path, entries: Sequence[dict[str, Any]]) -> Path:
     return folder / PAGE
 
 
-def small_video(entry: dict[str, Any], folder: Path) -> Path | None:
+def place_films(folder: Path, beside: str, films: Iterable[tuple[str, Film]]) -> dict[str, str]:
+    """Write videos for a page and tell what its `src` are: the films themselves, or files if they are too large together.
+
+    Args:
+        folder: of the page.
+        beside: name of the folder in it for the files; what it held before is removed.
+        films: by a name that can be a file's.
+    """
+    shutil.rmtree(folder / beside, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".results-") as partial:
+        files = {}
+        for name, film in films:
+            files[name] = Path(partial) / f"{name}.mp4"
+            write_mp4(files[name], film.frames, film.fps, crf=film.crf)
+        embedded = sum(file.stat().st_size for file in files.values()) <= EMBED_BYTES
+        if not embedded:
+            shutil.copytree(partial, folder / beside)
+        return {name: data_uri(file) if embedded else f"{beside}/{file.name}" for name, file in files.items()}
+
+
+def small_video(entry: dict[str, Any]) -> Film | None:
     """The trial's edit, scaled down, or None where it has none."""
     edit = Path(entry["edit"] or "")
     found = next((edit / name for name in (EDITED_VIDEO, EDITED_FRAMES) if (edit / name).exists()), None)
@@ -60,5 +87,4 @@ def small_video(entry: dict[str, Any], folder: Path) -> Path | None:
     size = (width, height)
     small = fit(size, Grid(size_step=2, max_area=AREA).default_size(size)) if width * height > AREA else None
     frames = small.frames(video.frames) if small else video.frames
-    write_mp4(folder / f"{entry['name']}.mp4", np.ascontiguousarray(frames), Fraction(video.fps), crf=CRF)
-    return folder / f"{entry['name']}.mp4"
+    return Film(np.ascontiguousarray(frames), Fraction(video.fps), CRF)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import json
 import math
+import re
+import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +18,8 @@ import pytest
 import evaluate
 from common.errors import UserError
 from dataset.images import read_image
-from loraedit_ext.evaluation import metrics, suite, suite_baselines, suite_report, suite_tasks
+from dataset.video import read_video
+from loraedit_ext.evaluation import metrics, suite, suite_baselines, suite_page, suite_report, suite_tasks
 from loraedit_ext.evaluation.suite_claims import Claim, Results, claims
 from loraedit_ext.evaluation.suite_methods import DEFAULT_METHODS, METHODS, Budget, training_seconds
 from loraedit_ext.evaluation.suite_scores import SCORES, UNSEEN, scores
@@ -235,6 +241,71 @@ def test_the_report_has_every_method_and_claim(done: tuple[Path, Results, list[s
     sheet = read_image(out / suite.SHEET)
     assert sheet.shape[1] == (len(DEFAULT_METHODS) + 1) * (4 * 64 + suite_report.MARGIN)
     assert (sheet[2 * suite_report.LABEL :, -20] != 200).any()  # the last column has its picture
+
+
+def page_rows(text: str, table: str) -> list[list[str]]:
+    """Texts of the cells of a table of the page."""
+    body = re.search(rf'<table id="{table}">.*?<tbody>(.*?)</tbody>', text, re.S)[1]
+    return [[html.unescape(re.sub("<[^>]+>", "", cell)) for cell in re.findall(r"<td.*?</td>", row, re.S)]
+            for row in re.findall(r"<tr>.*?</tr>", body, re.S)]  # fmt: skip
+
+
+def test_the_page_has_every_number_and_the_videos_side_by_side(done: tuple[Path, Results, list[str]]) -> None:
+    out, _, _ = done
+    text = (out / "results.html").read_text()
+    means, rows = page_rows(text, "mean-table"), page_rows(text, "task-table")
+    in_markdown = (out / suite.TABLE).read_text()
+    assert [row[0] for row in means] == [METHODS[name].title for name in DEFAULT_METHODS]
+    assert all("| " + " | ".join(row) + " |" in in_markdown for row in means)
+    assert [row[5:] for row in rows] == [row[1:] for row in means]  # one task: its numbers are the means
+    assert {tuple(row[:4]) for row in rows} == {(TASK.name, TASK.edit, TASK.motion, "panning")}
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', text)  # nothing from elsewhere
+    (film,) = re.findall(r'src="data:video/mp4;base64,([^"]+)"', text)
+    (out / "film.mp4").write_bytes(base64.b64decode(film))
+    frames = read_video(out / "film.mp4").frames
+    side = suite_report.ZOOM * 64
+    step = side + suite_report.MARGIN
+    assert frames.shape == (13, side, (len(DEFAULT_METHODS) + 1) * step, 3)
+    media = TaskMedia(TASK)
+    for column, expected in enumerate((media.source, media.truth)):
+        shown = frames[:, ::2, column * step : column * step + side : 2].astype(int)
+        assert np.abs(shown - expected).mean() < 4
+    assert np.abs(frames[:, :, :side].astype(int) - frames[:, :, step : step + side]).mean() > 4  # they differ
+
+
+def test_a_click_on_a_heading_sorts_in_a_browser(done: tuple[Path, Results, list[str]], tmp_path: Path) -> None:
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no chromium on this machine")
+    clicks = """<script>
+const order = () => [...document.querySelectorAll("#mean-table tbody tr")].map(row => row.cells[1].dataset.value).join();
+const other = () => document.querySelector("#task-table tbody").textContent;
+const before = other(), heading = document.querySelectorAll("#mean-table th button")[1], found = [];
+for (let turn = 0; turn < 2; turn++) { heading.click(); found.push(order()); }
+document.body.dataset.found = JSON.stringify([...found, String(before === other())]);
+</script>"""
+    page = tmp_path / "page.html"
+    page.write_text((done[0] / "results.html").read_text().replace("</body>", clicks + "</body>"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking",
+             "--no-first-run", "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}"]  # fmt: skip
+    dom = subprocess.run([browser, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=300,
+                         check=True).stdout  # fmt: skip
+    rising, falling, alone = json.loads(html.unescape(re.search(r'data-found="([^"]*)"', dom)[1]))
+    values = [float(text) for text in rising.split(",")]
+    assert values == sorted(values)
+    assert len(values) == len(DEFAULT_METHODS)
+    assert math.isinf(values[-1])
+    assert [float(text) for text in falling.split(",")] == values[::-1]
+    assert alone == "true"
+
+
+def test_what_was_not_run_is_grey_on_the_page() -> None:
+    video = np.zeros((3, 4, 6, 3), np.uint8)
+    film = suite_page.side_by_side([video, None], (4, 6))
+    step = 2 * 6 + suite_report.MARGIN
+    assert film.shape == (3, 8, 2 * step, 3)
+    assert (film[:, :, :12] == 0).all()
+    assert (film[:, :, step : step + 12] == suite_report.GREY).all()
 
 
 def test_a_second_run_computes_nothing(done: tuple[Path, Results, list[str]], capsys: pytest.CaptureFixture) -> None:
