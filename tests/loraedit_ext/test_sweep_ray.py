@@ -24,7 +24,7 @@ from common.errors import UserError
 from loraedit_ext import sweep, sweep_ray
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 240
+PATIENCE = 600
 """Seconds for what takes five on an idle machine."""
 
 
