@@ -207,6 +207,10 @@ def test_an_export_loads_like_any_checkpoint(start: vae.AutoencoderKLWan, videos
     tensors = checkpoint.transformer_tensors()
     for name, value in model.state_dict().items():
         assert torch.equal(tensors[name], value.bfloat16()), name
+    unpacked = export.unpack(tmp_path)
+    for name, value in start.state_dict().items():
+        assert torch.equal(unpacked["vae.pt"][name], value.bfloat16().float()), name
+    model.load_state_dict(unpacked["transformer.pt"])  # the names of pretraining
     clip = videos[:1]
     loaded = checkpoint.load_vae().encode(clip)
     torch.testing.assert_close(loaded, latents.encode_normalised(start, clip), atol=0.1, rtol=0.1)
