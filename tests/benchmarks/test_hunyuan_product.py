@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import hunyuan_product
-from benchmarks.hunyuan_product import WholeVideo
+from benchmarks.hunyuan_product import Product
 from loraedit_ext import masks
 from loraedit_ext.evaluation.suite_tasks import GUARD
 from loraedit_ext.hunyuan import MaskedHunyuan
@@ -30,25 +30,33 @@ def video():
     return torch.rand(3, 9, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def test_without_the_product_a_first_frame_mask_still_gives_the_released_input(checkpoint, video):
+def test_with_a_first_frame_mask_both_forms_are_the_released_input(checkpoint, video):
     arguments = (video, masks.first_frame_only(9, 32, 48), video[:, 0], "a cat")
     released = HunyuanI2V(checkpoint, CPU).encode_condition(*arguments)
-    whole = WholeVideo(checkpoint, CPU).encode_condition(*arguments)
-    assert all(torch.equal(released[name], whole[name]) for name in released)
+    for form in (Product, MaskedHunyuan):
+        found = form(checkpoint, CPU).encode_condition(*arguments)
+        assert all(torch.equal(released[name], found[name]) for name in released)
 
 
-def test_the_forms_differ_in_the_latents_where_the_mask_is_and_in_nothing_else(checkpoint, video):
+def test_the_forms_differ_in_the_latents_behind_the_mask_and_in_nothing_else(checkpoint, video):
     preserve = torch.ones(9, 32, 48, dtype=torch.bool)
     preserve[1:, :, 16:32] = False
     arguments = (video, preserve, video[:, 0], "a cat")
-    product = MaskedHunyuan(checkpoint, CPU).encode_condition(*arguments)
-    whole = WholeVideo(checkpoint, CPU).encode_condition(*arguments)
+    product = Product(checkpoint, CPU).encode_condition(*arguments)
+    whole = MaskedHunyuan(checkpoint, CPU).encode_condition(*arguments)
     cells = product["mask"].bool().expand_as(product["known"])
     assert torch.equal(product["known"][cells], whole["known"][cells])
-    grey = MaskedHunyuan(checkpoint, CPU).encode_video(masks.grey_fill(video, preserve))
-    assert torch.equal(whole["known"][:, 1:], grey[:, 1:])
     assert not product["known"][~cells].any()
+    assert whole["known"][~cells].any()
     assert all(torch.equal(product[name], whole[name]) for name in product if name != "known")
+
+
+def test_told_pixels_are_those_of_whole_latents():
+    preserve = torch.ones(9, 16, 16, dtype=torch.bool)
+    preserve[0, 0, 0] = preserve[3, 0, 15] = False
+    expected = torch.ones_like(preserve)
+    expected[1:5, :8, 8:] = False
+    assert torch.equal(hunyuan_product.told_pixels(preserve), expected)
 
 
 @pytest.fixture(scope="module")
