@@ -23,3 +23,13 @@ class MaskedHunyuan(HunyuanI2V):
     def known_region(self, video: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         cells = masks.latent_mask if self.variant == "latent_concat" else masks.token_mask
         return masks.grey_fill(video, mask), cells(mask, self.rule)
+
+    def encode_known(self, video: Tensor, cells: Tensor) -> Tensor:
+        """Latents (16, T, h, w) of the grey-filled video.
+
+        `latent_concat` sees all of a latent frame of which something is preserved, where its base has zeros behind the
+        mask: docs/hunyuan.md tells what that gained. A latent frame of which nothing is preserved stays zero, as released.
+        """
+        if self.variant == "latent_concat":
+            cells = cells.amax(dim=(2, 3), keepdim=True).expand_as(cells)
+        return super().encode_known(video, cells)

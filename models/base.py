@@ -81,8 +81,8 @@ class Checkpoint(Protocol):
 class I2VModel(ABC):
     """An image-to-video model as released: conditioned on its first frame only.
 
-    `loraedit_ext` subclasses it and overrides `known_region`, nothing else: which part of the video the model
-    is told.
+    `loraedit_ext` subclasses it and overrides which part of the video the model is told, nothing else: `known_region`,
+    and HunyuanVideo's `encode_known`.
 
     Args:
         checkpoint: where the weights are; nothing is read before it is needed.

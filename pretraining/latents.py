@@ -51,6 +51,9 @@ class LatentPool:
     def take(self, indices: Tensor) -> LatentPool:
         return LatentPool(*(part[indices].float() for part in (self.video, self.condition, self.text, self.image)))
 
+    def to(self, device: str) -> LatentPool:
+        return LatentPool(*(part.to(device) for part in (self.video, self.condition, self.text, self.image)))
+
     def joined(self, others: list[LatentPool]) -> LatentPool:
         names = ("video", "condition", "text", "image")
         return LatentPool(*(torch.cat([getattr(self, n), *(getattr(o, n) for o in others)]) for n in names))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.errors import UserError
@@ -118,11 +118,13 @@ class TransformerTraining(loop.Training):
     """Flow matching on the latent pool, with an exponential moving average of the weights."""
 
     evaluate_every = 500
+    compute = staticmethod(_velocity)
+    """What torch.compile gets to see of `predict`."""
 
     def __init__(self, options: Options) -> None:
         self.latents, self.batch = options.latents, options.batch
-        self.compute = torch.compile(_velocity) if options.compile else _velocity
-        model = build(tiny_config(), options.seed)
+        self.compiled = torch.compile(self.compute) if options.compile else self.compute
+        model = self.fresh(options.seed)
         if options.start:
             model.load_state_dict(torch.load(options.start, weights_only=True, map_location="cpu"))
         self.known: set[str] = set()
@@ -130,6 +132,18 @@ class TransformerTraining(loop.Training):
         self.silence = Conditioner().text("")
         self.validation, self.pool = self._first_shards()
         super().__init__(options, model, decay=0.01)
+
+    @staticmethod
+    def fresh(seed: int) -> nn.Module:
+        """The transformer to train."""
+        return build(tiny_config(), seed)
+
+    @staticmethod
+    def predict(
+        model: nn.Module, noisy: Tensor, t: Tensor, clips: LatentPool, compute: Callable[..., Tensor]
+    ) -> Tensor:
+        """Velocity (clips, 16, T, h, w) of noisy latents, conditioned as released."""
+        return velocity(model, noisy, t * TIMESTEPS, conditioning(clips.condition), clips.text, clips.image, compute)
 
     def _first_shards(self) -> tuple[LatentPool, LatentPool]:
         shards = load_shards(self.latents, self.known)
@@ -158,22 +172,18 @@ class TransformerTraining(loop.Training):
         t = flow.apply_shift(torch.sigmoid(torch.randn(self.batch, generator=noise)), SHIFT)
         silent = torch.rand(self.batch, generator=noise) < TEXT_DROPOUT
         clips.text[silent] = self.silence
-        value = self._error(self.model, clips, t, torch.randn(clips.video.shape, generator=noise), self.compute)
+        value = self._error(self.model, clips, t, torch.randn(clips.video.shape, generator=noise), self.compiled)
         return value, {"loss": value.item(), "clips": len(self.pool)}
 
     def _error(
-        self, model: WanTransformer, clips: LatentPool, t: Tensor, noise: Tensor, compute: Callable[..., Tensor]
+        self, model: nn.Module, clips: LatentPool, t: Tensor, noise: Tensor, compute: Callable[..., Tensor]
     ) -> Tensor:
-        device = self.options.device
-        x, eps, t = clips.video.to(device), noise.to(device), t.to(device)
-        y = conditioning(clips.condition.to(device))
+        clips = clips.to(self.options.device)
+        x, eps, t = clips.video, noise.to(clips.video), t.to(clips.video)
         # Torch's flash attention is the slowest on a CPU: its backward alone took half a step at 64 tokens.
         backends = [SDPBackend.MATH] if x.device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
         with torch.autocast(x.device.type, dtype=torch.bfloat16), sdpa_kernel(backends):
-            predicted = velocity(
-                model, flow.add_noise(x, eps, t), t * TIMESTEPS, y, clips.text.to(device), clips.image.to(device),
-                compute,
-            )
+            predicted = self.predict(model, flow.add_noise(x, eps, t), t, clips, compute)
         return flow.loss(predicted, flow.velocity(x, eps))
 
     def after_step(self) -> None:
@@ -188,7 +198,7 @@ class TransformerTraining(loop.Training):
         clips = self.validation.take(torch.arange(len(self.validation)))
         t = flow.apply_shift(torch.linspace(0.02, 0.98, len(clips)), SHIFT)
         noise = torch.randn(clips.video.shape, generator=generator)
-        return {"validation": round(self._error(self.average, clips, t, noise, _velocity).item(), 4)}
+        return {"validation": round(self._error(self.average, clips, t, noise, self.compute).item(), 4)}
 
 
 def main() -> None:

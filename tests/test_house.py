@@ -17,7 +17,7 @@ ALLOWED = {
     "dataset": {"common"},
     "loraedit_ext": {"common", "models", "dataset"},
     "pretraining": {"common", "models", "dataset", "loraedit_ext"},
-    "benchmarks": {"common", "models", "dataset", "loraedit_ext"},
+    "benchmarks": {"common", "models", "dataset", "loraedit_ext", "pretraining"},
 }
 VERBS = sorted(path.name for path in ROOT.glob("*.py"))
 FILES = sorted(

@@ -45,7 +45,7 @@ def test_the_first_frame_mask_gives_the_base_models_condition_bit_for_bit(pair, 
 
 
 def test_only_the_conditioning_is_overridden():
-    assert {name for name in vars(MaskedHunyuan) if not name.startswith("_")} == {"known_region"}
+    assert {name for name in vars(MaskedHunyuan) if not name.startswith("_")} == {"known_region", "encode_known"}
 
 
 def test_the_library_pipeline_prepares_the_same_first_frame_condition(pair, video):
@@ -77,15 +77,26 @@ def test_the_library_pipeline_prepares_the_same_first_frame_condition(pair, vide
     assert torch.allclose(latents, expected, atol=1e-6)
 
 
-def test_known_latents_are_those_of_the_grey_filled_video_where_it_is_preserved(pair, video):
+def test_known_latents_are_those_of_the_grey_filled_video(pair, video):
+    """Replaced tokens where it is preserved; condition channels whole."""
     _, masked = pair
     condition = masked.encode_condition(video, spatial(), video[:, 0], "a cat")
     grey = masks.grey_fill(video, spatial())
     whole, first = masked.encode_video(grey), masked.encode_video(grey[:, :1])
     assert torch.equal(condition["known"][:, :1], first)
     assert torch.equal(condition["known"][:, 1:, :, :2], whole[:, 1:, :, :2])
-    assert not condition["known"][:, 1:, :, 2:4].any()
+    hidden = condition["known"][:, 1:, :, 2:4]
+    assert torch.equal(hidden, whole[:, 1:, :, 2:4] if masked.variant == "latent_concat" else torch.zeros_like(hidden))
     assert condition["mask"][0, 1].tolist() == [[1, 1, 0, 0, 1, 1]] * 4
+
+
+def test_a_latent_frame_of_which_nothing_is_preserved_is_zero_as_released(pair, video):
+    _, masked = pair
+    preserve = spatial()
+    preserve[5:] = False
+    condition = masked.encode_condition(video, preserve, video[:, 0], "a cat")
+    assert condition["known"][:, 1].any()
+    assert not condition["known"][:, 2].any()
 
 
 def test_what_is_hidden_does_not_leak_into_the_condition(pair, video):

@@ -13,7 +13,7 @@ from common.errors import UserError
 from loraedit_ext.evaluation.captions import VOCABULARY
 from models.wan.checkpoint import WanCheckpoint
 from models.wan.save import write_checkpoint
-from pretraining import clips, encoders, export, freeze, latents, loop, transformer, vae, wholeclip
+from pretraining import clips, encoders, export, freeze, hunyuan, latents, loop, transformer, vae, wholeclip
 from pretraining.conditioning import Conditioner
 from pretraining.muon import Muon, orthogonalise, split_parameters
 
@@ -156,15 +156,18 @@ def options(pool: Path, out: Path, steps: int) -> transformer.Options:
     return transformer.Options(out=out, steps=steps, latents=pool, batch=2)
 
 
-def test_a_resumed_transformer_run_equals_the_uninterrupted_one(pool: Path, tmp_path: Path) -> None:
-    whole = transformer.TransformerTraining(options(pool, tmp_path / "whole", 4))
+@pytest.mark.parametrize("training", [transformer.TransformerTraining, hunyuan.HunyuanTraining])
+def test_a_resumed_transformer_run_equals_the_uninterrupted_one(
+    training: type[transformer.TransformerTraining], pool: Path, tmp_path: Path
+) -> None:
+    whole = training(options(pool, tmp_path / "whole", 4))
     loop.run(whole)
-    part = transformer.TransformerTraining(options(pool, tmp_path / "parts", 4))
+    part = training(options(pool, tmp_path / "parts", 4))
     (tmp_path / "parts").mkdir()
     for _ in range(2):
         part.train_step()
     loop.save(part)
-    rest = transformer.TransformerTraining(options(pool, tmp_path / "parts", 4))
+    rest = training(options(pool, tmp_path / "parts", 4))
     loop.run(rest)
     assert rest.step == whole.step == 4
     for name, value in whole.average.state_dict().items():
