@@ -11,7 +11,6 @@ import contextlib
 import io
 import logging
 import os
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +21,8 @@ from torch import Tensor, nn
 from common.errors import UserError
 from models.layers import PipelineLayer
 
-_ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-"""What a launcher would tell a process that has no others."""
+_ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+"""What a launcher would tell a process that has no others; there is nobody to meet at any port."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,12 @@ def distributed() -> Iterator[World]:
 
     Every rank leaves through a barrier: without it a good run can end with a crash in the teardown.
     """
-    alone = _ALONE | {"MASTER_PORT": str(_free_port())} if "RANK" not in os.environ else {}
+    alone = dict(_ALONE) if "RANK" not in os.environ else {}
     if not torch.cuda.is_available() and "DS_ACCELERATOR" not in os.environ:
         alone["DS_ACCELERATOR"] = "cpu"
     os.environ |= alone
     try:
-        world = _join()
+        world = _join(alone="RANK" in alone)
         yield world
         world.barrier()
     finally:
@@ -73,7 +72,7 @@ def distributed() -> Iterator[World]:
             os.environ.pop(name, None)
 
 
-def _join() -> World:
+def _join(alone: bool) -> World:
     import deepspeed
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
@@ -88,14 +87,12 @@ def _join() -> World:
     else:
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
-    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    backend = accelerator.communication_backend_name()
+    if alone:
+        # In memory instead of at a port, which another run may take at the same moment, and which all hosts could reach.
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return World(int(os.environ["RANK"]), local_rank, int(os.environ["WORLD_SIZE"]), device)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def split(layers: Sequence[PipelineLayer], stages: int, method: str, cuts: Sequence[int]) -> list[int]:
