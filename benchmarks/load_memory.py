@@ -1,7 +1,8 @@
 """Peak host memory of loading a checkpoint, over what stays resident: `python -m benchmarks.load_memory [--gb 1.6]`.
 
-Writes a Wan2.1-I2V transformer of that size (1.3B's width) into a temporary folder, loads it in child processes through
-the ordinary loader and measures each one's high-water mark from /proc (Linux). Rewrites benchmarks/load_memory.md.
+Writes a Wan2.1-I2V transformer of that size (1.3B's width) into a temporary folder, and a HunyuanVideo one in diffusers' names,
+whose linears the loader has to fuse; loads them in child processes through the ordinary loader and measures each one's
+high-water mark from /proc (Linux). Rewrites benchmarks/load_memory.md.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from pathlib import Path
 import torch
 
 from common.files import write_json_atomic, write_text_atomic
+from loraedit_ext.transformers_on_disk import open_transformer
 from models.checkpoint import Shape, open_tensors
+from models.hunyuan.wrapper import HunyuanI2V
 from models.parts import TRANSFORMER_STEM
 from models.shards import Planned, write_shards
-from models.wan.checkpoint import WanTransformerFiles
 from models.wan.config import WanConfig, transformer_shapes
 from models.wan.wrapper import WanI2V
 
@@ -34,7 +36,11 @@ CASES: Mapping[str, tuple[str, str, str]] = {
     "bf16 file to float8, second of two stages": ("bfloat16", "float8_e4m3fn", "second"),
     "scaled fp8 file to bf16": ("bfloat16", "", "all"),
     "scaled fp8 file to float8 (bytes and scales kept)": ("bfloat16", "float8_e4m3fn", "all"),
+    "HunyuanVideo in diffusers' names, fused": ("bfloat16", "", "all"),
+    "HunyuanVideo in diffusers' names, fused, to fp32": ("float32", "", "all"),
 }
+"""Row -> storage dtype, that of the blocks' linears, which stage; the row's first word says which of the files."""
+WRAPPERS = {"wan": WanI2V, "hunyuan-video": HunyuanI2V}
 LIMIT = 1.1
 
 
@@ -51,6 +57,18 @@ def write_checkpoint(folder: Path, gigabytes: float, scaled: bool) -> int:
     return sum(each.nbytes for each in planned)
 
 
+def write_hunyuan(folder: Path, gigabytes: float) -> None:
+    """A HunyuanVideo-I2V transformer of about that size in bf16, as diffusers itself writes it."""
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    model = HunyuanVideoTransformer3DModel(
+        in_channels=16, out_channels=16, num_attention_heads=16, attention_head_dim=128, num_layers=3,
+        num_single_layers=max(1, round((gigabytes - 1.1) / 0.15)), num_refiner_layers=2, guidance_embeds=True,
+        text_embed_dim=1024, pooled_projection_dim=768, image_condition_type="token_replace",
+    )
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="500MB")
+
+
 def _planned(name: str, shape: Shape, scaled: bool) -> list[Planned]:
     def full(size: Shape, dtype: torch.dtype) -> Planned:
         return Planned(name, size, dtype, lambda: torch.full(size, 0.01).to(dtype))
@@ -65,7 +83,8 @@ def child(folder: Path, dtype: str, linears: str, part: str) -> None:
     """Load, touch every weight, print megabytes: peak over the start, resident weights, seconds."""
     torch.set_num_threads(1)
     _warm_up(folder)
-    model = WanI2V(WanTransformerFiles(transformer=folder), torch.device("cpu"))
+    family, files = open_transformer(folder)
+    model = WRAPPERS[family](files, torch.device("cpu"))
     layers = model.build_transformer().layers()
     half = len(layers) // 2
     layers = {"all": layers, "first": layers[:half], "second": layers[half:]}[part]
@@ -102,9 +121,9 @@ def report(size: int, rows: Mapping[str, tuple[float, float, float]]) -> str:
     lines = [
         "# Host memory while a checkpoint loads", "",
         f"Made by `python -m benchmarks.load_memory`: a Wan2.1-I2V transformer of {size / 1e9:.2f} GB in bf16 shards (or "
-        f"the same in scaled fp8), one child process a row, torch {torch.__version__}, CPU. Peak is the process's "
-        "high-water mark over its start, every weight touched; resident is what the weights take; the target is a ratio "
-        f"of at most {LIMIT}.", "",
+        "the same in scaled fp8), and a HunyuanVideo-I2V one of about that size, one child process a row, torch "
+        f"{torch.__version__}, CPU. Peak is the process's high-water mark over its start, every weight touched; "
+        f"resident is what the weights take; the target is a ratio of at most {LIMIT}.", "",
         "| | peak MB | resident MB | ratio | seconds |", "|---|---|---|---|---|",
     ]  # fmt: skip
     lines += [f"| {name} | {peak:.0f} | {resident:.0f} | {peak / resident:.3f} | {seconds:.1f} |"
@@ -121,10 +140,11 @@ def main() -> int:
         child(Path(options.child[0]), *options.child[1:])
         return 0
     with tempfile.TemporaryDirectory() as name:
-        plain, scaled = Path(name, "plain"), Path(name, "scaled")
-        size = write_checkpoint(plain, options.gb, scaled=False)
-        write_checkpoint(scaled, options.gb, scaled=True)
-        rows = {case: measure(scaled if case.startswith("scaled") else plain, values) for case, values in CASES.items()}
+        folders = {word: Path(name, word) for word in ("bf16", "scaled", "HunyuanVideo")}
+        size = write_checkpoint(folders["bf16"], options.gb, scaled=False)
+        write_checkpoint(folders["scaled"], options.gb, scaled=True)
+        write_hunyuan(folders["HunyuanVideo"], options.gb)
+        rows = {case: measure(folders[case.split()[0]], values) for case, values in CASES.items()}
     text = report(size, rows)
     write_text_atomic(REPORT, text)
     print(text)
