@@ -168,7 +168,7 @@ def test_two_processes_write_and_read_one_entry(tmp_path):
     ]
     for worker in workers:
         worker.start()
-    assert [answers.get(timeout=60) for _ in workers] == [0, 0]
+    assert [answers.get(timeout=300) for _ in workers] == [0, 0]
     for worker in workers:
         worker.join()
     assert len(list(tmp_path.iterdir())) == 1

@@ -328,7 +328,7 @@ def test_the_script_runs_in_a_browser(page_path, tmp_path):
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
              "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}", "--dump-dom"]  # fmt: skip
     done = subprocess.run(
-        [browser, *flags, page_path.as_uri()], capture_output=True, text=True, timeout=60, check=True
+        [browser, *flags, page_path.as_uri()], capture_output=True, text=True, timeout=300, check=True
     )
     assert re.search(r'class="cursor"[^>]*x1="\d', done.stdout), "the script places the cursor when it gets to its end"
 

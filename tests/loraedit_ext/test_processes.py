@@ -38,7 +38,7 @@ def launch(folder, *overrides: str, processes: int = 1, launcher: str = "torchru
     command = [*start, str(ROOT / "train.py"), "--config", str(folder.config), *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1",
                    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
