@@ -25,6 +25,7 @@ from common.errors import UserError
 from loraedit_ext import sweep, sweep_ray
 
 ROOT = Path(__file__).parents[2]
+pytest.importorskip("ray", reason="optional: pip install -c requirements.lock -r requirements-ray.txt")
 PATIENCE = 600
 """Seconds for what takes five on an idle machine."""
 
