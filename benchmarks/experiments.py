@@ -16,7 +16,7 @@ from pathlib import Path
 from common.files import write_text_atomic
 from loraedit_ext.evaluation.suite import run_suite
 from loraedit_ext.evaluation.suite_claims import Results
-from loraedit_ext.evaluation.suite_statistics import Estimate
+from loraedit_ext.evaluation.suite_statistics import Estimate, paired
 
 TRAINED = ("motion", "appearance")
 WITH_NAIVE = ("naive", *TRAINED)
@@ -87,12 +87,8 @@ def _mean(value: Estimate | None) -> str:
 def _change(results: Results, default: Results, method: str, score: str) -> str:
     if results is default:
         return "–"
-    merged = Results(results.tasks, [
-        *({**record, "method": "default"} for record in default.records if record["method"] == method),
-        *(record for record in results.records if record["method"] == method),
-    ])  # fmt: skip
-    value = merged.difference(method, "default", score, lambda _: True)
-    return "–" if value is None else f"{value.mean:+.2f} ± {value.half_width:.2f}"
+    value = paired(results.values(method, score), default.values(method, score))
+    return f"{value.mean:+.2f} ± {value.half_width:.2f}"
 
 
 def main() -> None:

@@ -42,8 +42,9 @@ def write(folder: Path, edit: Edit, job: EditJob, config: RunConfig, adapter: Lo
         }  # fmt: skip
         notes = write_mp4(folder / EDITED_VIDEO, edit.frames, job.fps, times=times, **audio)
         lines += [str(folder / EDITED_VIDEO), *notes]
-    write_mp4(folder / COMPARISON, side_by_side(panels(job, edit)), job.fps, times=times)
-    write_png(folder / SHEET, contact_sheet(panels(job, edit)))
+    shown = panels(job, edit)
+    write_mp4(folder / COMPARISON, side_by_side(shown), job.fps, times=times)
+    write_png(folder / SHEET, contact_sheet(shown))
     write_lossless(folder / GENERATED, edit.generated, job.fps)
     write_json_atomic(folder / RECORD, record(edit, job, config, adapter))
     return [*lines, *(str(folder / name) for name in (COMPARISON, SHEET, GENERATED, RECORD))]
