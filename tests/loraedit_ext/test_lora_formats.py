@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 
+import lora_round_trips
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -188,13 +189,7 @@ def test_a_distilled_lora_on_top_of_another(model, plain, tmp_path):
 def test_round_trips_are_exact(model, plain, tmp_path, dtype):
     pairs = {name: (down.to(dtype), up.to(dtype)) for name, (down, up) in branches(plain).items()}
     path, _ = write_layout(tmp_path, "comfyui A/B", pairs)
-    start = load_file(path)
-    for number, to in enumerate(["diffusers", "kohya", "diffusers", "comfyui"]):
-        path, previous = tmp_path / f"{number}.safetensors", path
-        assert convert_lora.main([str(previous), str(path), "--to", to]) == 0
-    end = load_file(path)
-    assert start.keys() == end.keys()
-    assert all(start[name].dtype == end[name].dtype and torch.equal(start[name], end[name]) for name in start)
+    lora_round_trips.assert_exact(path, tmp_path)
 
 
 @pytest.mark.parametrize("to", ["comfyui", "diffusers", "kohya"])

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from hostile import DTYPES, spoilt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -24,7 +25,6 @@ NEW_NAMES = ["", ".", "blocks.0", "blocks.99999999999999999999.x", "blocks.-1.ff
              "model.diffusion_model.x", "{}", "blocks.0.ffn.0.scale_weight", "img_emb.emb_pos", "ünïcode",
              "blocks.0.ffn.0.comfy_quant", "head.head.weight"]
 SHAPES = [(), (0,), (1,), (96,), (96, 96), (96, 0), (2, 3, 4, 5, 6), (96, 36, 1, 2, 2), (96, 36, 0, 2, 2), (1, 6, 96)]
-DTYPES = [torch.float32, torch.float8_e4m3fn, torch.int64, torch.bool, torch.uint8, torch.float64]
 VALUES = st.sampled_from([None, 0, -1, 3, 7, 1e9, "x", [], {}, True, float("nan")])
 
 
@@ -40,20 +40,7 @@ def test_transformers_renamed_misshapen_and_of_odd_dtypes(golden, tmp_path, data
     state = dict(golden("wan_i2v_dit").weights)
     if data.draw(st.booleans()):
         state = {to_diffusers(name): value for name, value in state.items()}
-    names = sorted(state)
-    for _ in range(data.draw(st.integers(1, 3))):
-        name = data.draw(st.sampled_from(names))
-        action = data.draw(st.sampled_from(["remove", "rename", "shape", "dtype", "add"]))
-        value = state.pop(name, torch.zeros(1))
-        if action == "rename":
-            state[data.draw(st.sampled_from(NEW_NAMES))] = value
-        elif action == "shape":
-            state[name] = torch.zeros(data.draw(st.sampled_from(SHAPES)))
-        elif action == "dtype":
-            state[name] = value.to(data.draw(st.sampled_from(DTYPES)))
-        elif action == "add":
-            state |= {name: value, data.draw(st.sampled_from(NEW_NAMES)): torch.zeros(data.draw(st.sampled_from(SHAPES)))}
-    save_file({name: value.clone() for name, value in state.items()}, tmp_path / "w.safetensors")
+    save_file(spoilt(state, data, NEW_NAMES, SHAPES), tmp_path / "w.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(GOLDEN_CONFIG.original_json()))
     with contextlib.suppress(UserError):
         load_whole(WanTransformerFiles(transformer=tmp_path / "w.safetensors"))

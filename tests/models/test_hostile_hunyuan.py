@@ -6,6 +6,7 @@ import contextlib
 
 import pytest
 import torch
+from hostile import spoilt
 from hunyuan_parts import comfyui_name, make_parts, save, write_comfyui
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,7 +24,6 @@ NEW_NAMES = ["", ".", "double_blocks.99999999999999999999.x", "single_blocks.-1.
              "double_blocks.0.img_attn.qkv.comfy_quant", "x_embedder.proj.weight", "decoder.up.x.block.0.conv1.conv.weight",
              "encoder.down_blocks.7.resnets.0.conv1.conv.weight", "model.layers.7.x", "vision_model.encoder.layers.9.x"]
 SHAPES = [(), (0,), (1,), (96,), (96, 96), (96, 0), (128, 128), (2, 3, 4, 5, 6), (96, 16, 1, 2, 2), (96, 33, 0, 2, 2)]
-DTYPES = [torch.float32, torch.float8_e4m3fn, torch.int64, torch.bool, torch.uint8, torch.float64]
 
 
 @pytest.fixture(scope="module")
@@ -34,22 +34,6 @@ def parts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def comfyui(parts, tmp_path_factory):
     return write_comfyui(tmp_path_factory.mktemp("comfyui"), parts)
-
-
-def spoilt(state, data):
-    """The state with one to three tensors removed, renamed, of another shape or dtype."""
-    state = dict(state)
-    for _ in range(data.draw(st.integers(1, 3))):
-        name = data.draw(st.sampled_from(sorted(state)))
-        value = state.pop(name)
-        action = data.draw(st.sampled_from(["remove", "rename", "shape", "dtype"]))
-        if action == "rename":
-            state[data.draw(st.sampled_from(NEW_NAMES))] = value
-        elif action == "shape":
-            state[name] = torch.zeros(data.draw(st.sampled_from(SHAPES)))
-        elif action == "dtype":
-            state[name] = value.to(data.draw(st.sampled_from(DTYPES)))
-    return {name: value.clone() for name, value in state.items()}
 
 
 def in_diffusers(state):
@@ -64,7 +48,7 @@ def test_transformers_renamed_misshapen_and_of_odd_dtypes(parts, tmp_path, data)
         parts.transformer, {f"model.model.{comfyui_name(n)}": v for n, v in parts.transformer.items()},
         in_diffusers(parts.transformer),
     ]))
-    path = save(tmp_path / "w.safetensors", spoilt(state, data))
+    path = save(tmp_path / "w.safetensors", spoilt(state, data, NEW_NAMES, SHAPES))
     with contextlib.suppress(UserError):
         model = HunyuanI2V(HunyuanTransformerFiles(path), CPU)
         model.load_weights(model.build_transformer().layers(), torch.float32, CPU, torch.float8_e4m3fn)
@@ -79,7 +63,7 @@ def test_encoders_renamed_and_misshapen(comfyui, tmp_path, data):
     key = data.draw(st.sampled_from(["vae_path", "llm_path", "clip_path", "vision"]))
     source = comfyui.get(key, vision)
     folder = source.parent.name
-    path = save(tmp_path / folder / source.name, spoilt(load_file(source), data))
+    path = save(tmp_path / folder / source.name, spoilt(load_file(source), data, NEW_NAMES, SHAPES))
     paths = comfyui | ({} if key == "vision" else {key: path})
     with contextlib.suppress(UserError):
         checkpoint = HunyuanCheckpoint.open(None, **paths)
