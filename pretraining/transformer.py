@@ -25,6 +25,7 @@ from models.wan.config import WanConfig
 from models.wan.transformer import EmbedLayer, WanTransformer
 from pretraining import encoders, loop
 from pretraining.conditioning import Conditioner
+from pretraining.deepen import deepened
 from pretraining.latents import LatentPool, load_shards
 
 SHIFT = 2.0
@@ -34,9 +35,9 @@ _LOOK_EVERY = 100  # steps between two looks for new shards
 
 
 def tiny_config() -> WanConfig:
-    """About 4 M parameters, 6 heads of 32."""
+    """About 6 M parameters, 6 heads of 32."""
     return WanConfig(
-        dim=192, ffn_dim=576, num_heads=6, num_layers=6,
+        dim=192, ffn_dim=576, num_heads=6, num_layers=9,
         text_dim=encoders.TEXT_DIM, text_len=encoders.TEXT_LEN, image_dim=encoders.IMAGE_DIM,
     )
 
@@ -106,7 +107,7 @@ class Options(loop.Options):
     Attributes:
         latents: folder of shards that `pretraining.latents` fills.
         batch: clips a step.
-        start: weights to begin from instead of fresh ones.
+        start: weights to begin from instead of fresh ones; a shallower model's are deepened.
     """
 
     latents: Path = Path()
@@ -126,7 +127,8 @@ class TransformerTraining(loop.Training):
         self.compiled = torch.compile(self.compute) if options.compile else self.compute
         model = self.fresh(options.seed)
         if options.start:
-            model.load_state_dict(torch.load(options.start, weights_only=True, map_location="cpu"))
+            start = torch.load(options.start, weights_only=True, map_location="cpu")
+            model.load_state_dict(deepened(start, model.config.num_layers))
         self.known: set[str] = set()
         self.average = copy.deepcopy(model).requires_grad_(False).to(options.device)
         self.silence = Conditioner().text("")

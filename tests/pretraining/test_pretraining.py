@@ -1,4 +1,4 @@
-"""The pieces that pretraining stands on: optimizer, VAE start and evaluation, encoders, resuming, export."""
+"""The pieces that pretraining stands on: optimizer, VAE start and evaluation, encoders, resuming, growing, export."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from models.wan.checkpoint import WanCheckpoint
 from models.wan.save import write_checkpoint
 from pretraining import clips, encoders, export, freeze, hunyuan, latents, loop, transformer, vae, wholeclip
 from pretraining.conditioning import Conditioner
+from pretraining.deepen import deepened, depth
 from pretraining.muon import Muon, orthogonalise, split_parameters
 
 
@@ -195,6 +196,31 @@ def test_decoder_only_training_leaves_the_encoder_alone(tmp_path: Path) -> None:
     frozen = [*training.vae.encoder.parameters(), *training.vae.quant_conv.parameters()]
     assert not trained & {id(weight) for weight in frozen}
     assert trained == {id(weight) for weight in training.vae.parameters()} - {id(weight) for weight in frozen}
+
+
+def test_a_deepened_transformer_computes_what_the_shallow_one_does_and_learns_in_every_block() -> None:
+    config = transformer.tiny_config()
+    shallow, deep = (transformer.build(replace(config, num_layers=layers)) for layers in (2, 5))
+    torch.nn.init.normal_(shallow.head.head.weight)
+    deep.load_state_dict(deepened(shallow.state_dict(), 5))
+    noise = torch.Generator().manual_seed(0)
+    shapes = ((2, 16, 2, 4, 4), (2,), (2, 20, 2, 4, 4), (2, 32, encoders.TEXT_DIM), (2, 17, encoders.IMAGE_DIM))
+    inputs = [torch.randn(shape, generator=noise) for shape in shapes]
+    output = transformer.velocity(deep, *inputs)
+    assert torch.equal(output, transformer.velocity(shallow, *inputs))
+    output.square().mean().backward()
+    assert all(block.self_attn.o.weight.grad.abs().sum() > 0 for block in deep.blocks)
+    silent = [index for index, block in enumerate(deep.blocks) if not block.ffn[2].weight.any()]
+    assert silent == [1, 2, 4]  # between the old ones, not behind them
+
+
+def test_a_run_starts_from_the_weights_of_a_shallower_model(pool: Path, tmp_path: Path) -> None:
+    shallow = transformer.build(replace(transformer.tiny_config(), num_layers=2))
+    torch.nn.init.normal_(shallow.head.head.weight)
+    torch.save(shallow.state_dict(), tmp_path / "start.pt")
+    training = transformer.TransformerTraining(replace(options(pool, tmp_path, 1), start=tmp_path / "start.pt"))
+    assert depth(training.model.state_dict()) == transformer.tiny_config().num_layers
+    assert torch.equal(training.model.blocks[0].self_attn.q.weight, shallow.blocks[0].self_attn.q.weight)
 
 
 def test_an_empty_pool_is_explained(tmp_path: Path) -> None:
