@@ -83,6 +83,8 @@ class RayEngine:
             if running:
                 ray.wait(list(running), num_returns=len(running), timeout=GRACE)
             ray.shutdown()
+            for trial in running.values():
+                _mark_interrupted(trial)
 
     def _settle(self, trial: Trial, reference: Any, steps: Sequence[str]) -> None:
         """Have the record of an ended trial here, also if nobody was left to write it."""
@@ -106,6 +108,14 @@ class RayEngine:
                 raise UserError(f"{trial.folder}: the trial has ended on {expected['host']}, but its record is not seen "
                                 "here. output_dir must lie on a file system that all hosts share, at the same path.")
             time.sleep(1)
+
+
+def _mark_interrupted(trial: Trial) -> None:
+    """Correct the record of a trial whose worker was ended before it could: a cancelled task gets one exception, and code
+    that Python runs in between, such as a finaliser, may swallow it."""
+    record = trial.record()
+    if record.get("status") == "running":
+        write_json_atomic(trial.folder / RECORD, record | {"status": "interrupted"})
 
 
 def run_trial(trial: Trial, steps: Sequence[str]) -> dict[str, Any]:
