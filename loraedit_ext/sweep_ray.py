@@ -84,7 +84,7 @@ class RayEngine:
                 ray.wait(list(running), num_returns=len(running), timeout=GRACE)
             ray.shutdown()
             for trial in running.values():
-                _mark_interrupted(trial)
+                mark_interrupted(trial)
 
     def _settle(self, trial: Trial, reference: Any, steps: Sequence[str]) -> None:
         """Have the record of an ended trial here, also if nobody was left to write it."""
@@ -110,7 +110,7 @@ class RayEngine:
             time.sleep(1)
 
 
-def _mark_interrupted(trial: Trial) -> None:
+def mark_interrupted(trial: Trial) -> None:
     """Correct the record of a trial whose worker was ended before it could: a cancelled task gets one exception, and code
     that Python runs in between, such as a finaliser, may swallow it."""
     record = trial.record()

@@ -22,10 +22,11 @@ import pytest
 
 from common import with_parent
 from common.errors import UserError
+from common.files import write_json_atomic
 from loraedit_ext import sweep, sweep_ray
+from loraedit_ext.sweep_results import RECORD, Trial
 
 ROOT = Path(__file__).parents[2]
-pytest.importorskip("ray", reason="optional: pip install -c requirements.lock -r requirements-ray.txt")
 PATIENCE = 600
 """Seconds for what takes five on an idle machine."""
 
@@ -135,6 +136,19 @@ def test_a_terminated_sweep_ends_its_trials_and_marks_them(edit_folder, environm
     (record,) = records(path)  # the second was not started
     assert record["status"] == "interrupted"
     wait_for("end of Ray's processes", lambda: not any(map(alive, ours)))
+
+
+@pytest.mark.parametrize(("found", "left"), [("running", "interrupted"), ("done", "done"), ("failed", "failed")])
+def test_what_an_ended_worker_left_as_running_is_marked(tmp_path, found, left):
+    trial = Trial(tmp_path, tmp_path / "edit.toml", {}, ())
+    write_json_atomic(tmp_path / RECORD, {"status": found, "done": ["train"]})
+    sweep_ray.mark_interrupted(trial)
+    assert trial.record() == {"status": left, "done": ["train"]}
+
+
+def test_a_trial_that_never_began_gets_no_record(tmp_path):
+    sweep_ray.mark_interrupted(Trial(tmp_path, tmp_path / "edit.toml", {}, ()))
+    assert not (tmp_path / RECORD).exists()
 
 
 def test_a_child_ends_with_a_parent_that_is_killed(tmp_path):
