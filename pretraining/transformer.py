@@ -27,6 +27,8 @@ from pretraining import encoders, loop
 from pretraining.conditioning import Conditioner
 from pretraining.deepen import deepened
 from pretraining.latents import LatentPool, load_shards
+from pretraining.sensitivity import channel_weights
+from pretraining.vae import load_vae
 
 SHIFT = 2.0
 TEXT_DROPOUT = 0.15
@@ -108,11 +110,13 @@ class Options(loop.Options):
         latents: folder of shards that `pretraining.latents` fills.
         batch: clips a step.
         start: weights to begin from instead of fresh ones; a shallower model's are deepened.
+        vae: weigh the error in each latent channel by what this VAE's decoder makes of it; None: all alike.
     """
 
     latents: Path = Path()
     batch: int = 16
     start: Path | None = None
+    vae: Path | None = None
 
 
 class TransformerTraining(loop.Training):
@@ -132,6 +136,7 @@ class TransformerTraining(loop.Training):
         self.known: set[str] = set()
         self.average = copy.deepcopy(model).requires_grad_(False).to(options.device)
         self.silence = Conditioner().text("")
+        self.channel_weights = channel_weights(load_vae(options.vae, options.device)) if options.vae else None
         self.validation, self.pool = self._first_shards()
         super().__init__(options, model, decay=0.01)
 
@@ -174,19 +179,21 @@ class TransformerTraining(loop.Training):
         t = flow.apply_shift(torch.sigmoid(torch.randn(self.batch, generator=noise)), SHIFT)
         silent = torch.rand(self.batch, generator=noise) < TEXT_DROPOUT
         clips.text[silent] = self.silence
-        value = self._error(self.model, clips, t, torch.randn(clips.video.shape, generator=noise), self.compiled)
+        pair = self._velocities(self.model, clips, t, torch.randn(clips.video.shape, generator=noise), self.compiled)
+        value = flow.loss(*pair, self.channel_weights)
         return value, {"loss": value.item(), "clips": len(self.pool)}
 
-    def _error(
+    def _velocities(
         self, model: nn.Module, clips: LatentPool, t: Tensor, noise: Tensor, compute: Callable[..., Tensor]
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """Predicted and true."""
         clips = clips.to(self.options.device)
         x, eps, t = clips.video, noise.to(clips.video), t.to(clips.video)
         # Torch's flash attention is the slowest on a CPU: its backward alone took half a step at 64 tokens.
         backends = [SDPBackend.MATH] if x.device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
         with torch.autocast(x.device.type, dtype=torch.bfloat16), sdpa_kernel(backends):
             predicted = self.predict(model, flow.add_noise(x, eps, t), t, clips, compute)
-        return flow.loss(predicted, flow.velocity(x, eps))
+        return predicted, flow.velocity(x, eps)
 
     def after_step(self) -> None:
         keep = min(EMA, 1 - 1 / (self.step / 4 + 1))  # follow closely at first
@@ -195,12 +202,19 @@ class TransformerTraining(loop.Training):
 
     @torch.no_grad()
     def evaluate(self, final: bool) -> dict[str, float]:
-        """Loss of the averaged weights on clips that are never trained on, at fixed noise levels and noise."""
+        """Loss of the averaged weights on clips that are never trained on, at fixed noise levels and noise.
+
+        `validation` weighs all channels alike, so that runs can be compared; `weighted` as in training.
+        """
         generator = torch.Generator().manual_seed(5)
         clips = self.validation.take(torch.arange(len(self.validation)))
         t = flow.apply_shift(torch.linspace(0.02, 0.98, len(clips)), SHIFT)
         noise = torch.randn(clips.video.shape, generator=generator)
-        return {"validation": round(self._error(self.average, clips, t, noise, self.compute).item(), 4)}
+        pair = self._velocities(self.average, clips, t, noise, self.compute)
+        found = {"validation": flow.loss(*pair)}
+        if self.channel_weights is not None:
+            found["weighted"] = flow.loss(*pair, self.channel_weights)
+        return {name: round(value.item(), 4) for name, value in found.items()}
 
 
 def main() -> None:
@@ -208,6 +222,7 @@ def main() -> None:
     parser.add_argument("--latents", type=Path, required=True, help="folder of encoded clips")
     parser.add_argument("--batch", type=int, default=Options.batch)
     parser.add_argument("--start", type=Path, help="weights to begin from (pretraining.export --unpack)")
+    parser.add_argument("--vae", type=Path, help="weigh latent channels by their part in this VAE's pictures")
     options = Options(**vars(parser.parse_args()))
     loop.one_thread(options.device)
     loop.run(TransformerTraining(options))

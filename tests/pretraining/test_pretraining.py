@@ -13,7 +13,19 @@ from common.errors import UserError
 from loraedit_ext.evaluation.captions import VOCABULARY
 from models.wan.checkpoint import WanCheckpoint
 from models.wan.save import write_checkpoint
-from pretraining import clips, encoders, export, freeze, hunyuan, latents, loop, transformer, vae, wholeclip
+from pretraining import (
+    clips,
+    encoders,
+    export,
+    freeze,
+    hunyuan,
+    latents,
+    loop,
+    sensitivity,
+    transformer,
+    vae,
+    wholeclip,
+)
 from pretraining.conditioning import Conditioner
 from pretraining.deepen import deepened, depth
 from pretraining.muon import Muon, orthogonalise, split_parameters
@@ -221,6 +233,39 @@ def test_a_run_starts_from_the_weights_of_a_shallower_model(pool: Path, tmp_path
     training = transformer.TransformerTraining(replace(options(pool, tmp_path, 1), start=tmp_path / "start.pt"))
     assert depth(training.model.state_dict()) == transformer.tiny_config().num_layers
     assert torch.equal(training.model.blocks[0].self_attn.q.weight, shallow.blocks[0].self_attn.q.weight)
+
+
+def test_sensitivity_is_the_effect_of_a_small_change_of_each_channel(
+    start: vae.AutoencoderKLWan, videos: torch.Tensor
+) -> None:
+    """Against finite differences along random directions; both are means over sixteen draws."""
+    videos = videos.repeat(8, 1, 1, 1, 1)
+    found = sensitivity.sensitivity(start, videos)
+    noise, size = torch.Generator().manual_seed(1), 0.01
+    mean, scale = latents.statistics(start)
+    code = latents.encode_normalised(start, videos)
+    before = wholeclip.decode(start, code * scale + mean)
+    for channel in (0, 5, 15):
+        moved = code.clone()
+        moved[:, channel] += size * torch.randn(code[:, channel].shape, generator=noise)
+        change = wholeclip.decode(start, moved * scale + mean) - before
+        measured = change.square().sum() / size**2 / len(videos)
+        torch.testing.assert_close(found[channel], measured, rtol=0.35, atol=0)
+    assert found.max() > 20 * found.median()  # what makes the weights worth having
+
+
+def test_weighted_training_reports_both_losses_and_differs_from_plain(
+    start: vae.AutoencoderKLWan, pool: Path, tmp_path: Path
+) -> None:
+    torch.save(start.state_dict(), tmp_path / "vae.pt")
+    plain = transformer.TransformerTraining(options(pool, tmp_path, 1))
+    weighted = transformer.TransformerTraining(replace(options(pool, tmp_path, 1), vae=tmp_path / "vae.pt"))
+    weights = weighted.channel_weights
+    assert weights.shape == (1, 16, 1, 1, 1)
+    assert weights.mean().item() == pytest.approx(1)
+    assert weighted.evaluate(final=True)["validation"] == plain.evaluate(final=True)["validation"]
+    assert set(weighted.evaluate(final=True)) == {"validation", "weighted"}
+    assert weighted.train_step()["loss"] != plain.train_step()["loss"]
 
 
 def test_an_empty_pool_is_explained(tmp_path: Path) -> None:
