@@ -45,7 +45,10 @@ VARIANTS = (
     *_variants("share of appearance in its stage", "suite.appearance_share=0.9", "suite.appearance_share=1.0"),
     *_variants("mask rule", "mask_rule=nearest"),
     *_variants("timesteps in training", "model.stratified=false"),
-    *_variants("rank", "adapter.rank=4"),
+    *_variants("rank", "adapter.rank=4", "adapter.rank=64"),
+    *_variants("steps", "suite.steps=50 suite.appearance_steps=50", "suite.steps=200 suite.appearance_steps=200"),
+    *_variants("noise draws a step", "micro_batch_size_per_gpu=1"),
+    *_variants("what is adapted", 'adapter.exclude_modules=["ffn.0","ffn.2"]'),
     *_variants("sampling", "edit.steps=10"),
 )  # fmt: skip
 
