@@ -18,6 +18,7 @@ from av.video.stream import VideoStream
 
 from common.errors import UserError
 from common.files import hash_file, hash_json
+from common.progress import stepping
 from dataset import images
 from dataset.containers import gif_images, missing_matroska_bytes, missing_mp4_bytes
 
@@ -77,7 +78,7 @@ def read_images(path: Path, first: int = 0, count: int | None = None, fps: Fract
     files = images.image_files(path)
     frames: list[np.ndarray] = []
     shape: tuple[int, ...] | None = None
-    for index, file in enumerate(files):
+    for index, file in enumerate(stepping(files, f"reading {path.name}")):
         image = images.read_image(file)
         shape = shape or image.shape
         if image.shape != shape:
@@ -162,7 +163,8 @@ def _decode(
     shape: tuple[int, ...] | None = None
     tally = _Tally()
     begin = (container.start_time or 0) / av.time_base
-    for index, frame in enumerate(_decoded_frames(path, container, stream, tally)):
+    decoded = _decoded_frames(path, container, stream, tally)
+    for index, frame in enumerate(stepping(decoded, f"reading {path.name}", total=stream.frames or None)):
         if shape is None or _wanted(index, first, count):
             image = _upright_rgb(frame, notes)
             shape = shape or image.shape

@@ -22,6 +22,7 @@ from av.video.stream import VideoStream
 
 from common.errors import UserError
 from common.files import atomic_path
+from common.progress import stepping
 from dataset.images import write_png
 from dataset.video import nice_rate
 
@@ -73,7 +74,7 @@ def write_mp4(
         )
         video = _add_h264(output, frames.shape[2], frames.shape[1], rate, times, crf)
         sound = output.add_stream_from_template(audio) if audio else None
-        _encode(output, video, frames, _ticks(len(frames), rate, times))
+        _encode(output, video, frames, _ticks(len(frames), rate, times), path.name)
         if audio and sound:
             copied = _copy_audio(output, audio, sound, audio_start, seconds)
             notes.append(f"{path.name}: audio copied from {audio_from} ({copied} packets).")
@@ -86,7 +87,7 @@ def write_lossless(path: Path, frames: np.ndarray, fps: Fraction | float) -> Non
     with atomic_path(path) as partial, av.open(str(partial), "w", format="matroska") as output:
         stream = output.add_stream("ffv1", rate=rate)
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "bgr0"
-        for index, frame in enumerate(frames):
+        for index, frame in enumerate(stepping(frames, f"writing {path.name}")):
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             picture = picture.reformat(format="bgr0")
             picture.pts, picture.time_base = index, 1 / rate
@@ -109,7 +110,7 @@ def write_images(folder: Path, frames: np.ndarray) -> None:
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     former = folder.with_name(f".{folder.name}.{os.getpid()}.former")
     try:
-        for index, frame in enumerate(frames):
+        for index, frame in enumerate(stepping(frames, f"writing {folder.name}")):
             write_png(partial / f"{index:05d}.png", frame)
         if folder.exists():
             folder.rename(former)
@@ -150,8 +151,9 @@ def _add_h264(
     return stream
 
 
-def _encode(output: OutputContainer, stream: VideoStream, frames: np.ndarray, ticks: list[int]) -> None:
-    for frame, tick in zip(frames, ticks, strict=True):
+def _encode(output: OutputContainer, stream: VideoStream, frames: np.ndarray, ticks: list[int], name: str) -> None:
+    shown = stepping(zip(frames, ticks, strict=True), f"writing {name}", total=len(frames))
+    for frame, tick in shown:
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(
             format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG,
         )

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.progress import progress
+from common.progress import progress, stepping
 from loraedit_ext import flow
 from loraedit_ext.config import EditSettings
 from models.base import I2VModel
@@ -66,7 +66,7 @@ def composite(kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray, fea
         feather: width in pixels of the seam; at this distance from a preserved pixel only the generated one counts.
     """
     out = np.empty_like(generated)
-    for index, mask in enumerate(preserve):
+    for index, mask in enumerate(stepping(preserve, "compositing")):
         weight = seam_weight(mask, feather)[..., None]
         blended = kept[index] * (1 - weight) + generated[index] * weight
         out[index] = np.where(mask[..., None], kept[index], np.rint(blended).astype(np.uint8))

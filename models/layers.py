@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from common.progress import brief
 
 _VIEW_OF = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 _FLOAT_OF = {torch.int32: torch.float32, torch.int16: torch.bfloat16}
@@ -39,6 +42,21 @@ def to_autocast(x: Tensor) -> Tensor:
     """
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+@contextmanager
+def calls_shown(module: nn.Module, total: int, description: str) -> Iterator[None]:
+    """A bar that counts the calls of a module in a library's own loop."""
+    with brief(total, description, unit="part") as bar:
+
+        def count(*_: Any) -> None:
+            bar.update()
+
+        handle = module.register_forward_hook(count)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 class PipelineLayer(nn.Module):

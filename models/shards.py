@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import write_atomic, write_json_atomic
+from common.progress import brief
 from models.checkpoint import SAFETENSORS_DTYPES, Shape
 
 SHARD_BYTES = 5_000_000_000
@@ -41,8 +43,9 @@ def write_shards(folder: Path, stem: str, planned: Sequence[Planned], shard_byte
     """
     shards = _grouped(planned, shard_bytes)
     files = [folder / f"{stem}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
-    for file, shard in zip(files, shards, strict=True):
-        write_atomic(file, _writer(shard))
+    with brief(sum(each.nbytes for each in planned), "writing weights", unit="B", unit_scale=True) as bar:
+        for file, shard in zip(files, shards, strict=True):
+            write_atomic(file, _writer(shard, bar))
     weight_map = {each.name: file.name for file, shard in zip(files, shards, strict=True) for each in shard}
     index = {"metadata": {"total_size": sum(each.nbytes for each in planned)}, "weight_map": weight_map}
     write_json_atomic(folder / f"{stem}.safetensors.index.json", index)
@@ -61,7 +64,7 @@ def _grouped(planned: Iterable[Planned], limit: int) -> list[list[Planned]]:
     return shards
 
 
-def _writer(shard: Sequence[Planned]) -> Callable[[Path], None]:
+def _writer(shard: Sequence[Planned], bar: tqdm) -> Callable[[Path], None]:
     """The safetensors format: length of the header, header padded to 8 bytes, the tensors' bytes."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -79,5 +82,6 @@ def _writer(shard: Sequence[Planned]) -> Callable[[Path], None]:
                 if tuple(tensor.shape) != each.shape or tensor.dtype != each.dtype:
                     raise UserError(f"{path}: {each.name} is {tensor.dtype} {tuple(tensor.shape)}, not as planned.")
                 file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+                bar.update(each.nbytes)
 
     return write

@@ -6,6 +6,7 @@ they are heavy.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from common.errors import UserError
 from models.checkpoint import Tensors, guess_content, load_into
 from models.hunyuan.keys import vae_from_comfyui
 from models.hunyuan.single_files import RELEASED_PROCESSOR, is_whole_llava, load_clip_text, load_llava, needs_config
+from models.layers import calls_shown
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoImageToVideoPipeline
@@ -29,6 +31,7 @@ VAE_PREFIXES = ("vae.", "first_stage_model.")
 _COMFYUI_VAE = "encoder.down.0.block.0.conv1.conv.weight"
 TILE = 256
 """Side in pixels of the VAE's tiles, a quarter of it overlapping, as in the original's scripts."""
+TILE_STRIDE = TILE * 3 // 4
 TEXT_TOKENS = 256
 """Tokens of the user's prompt that LLaVA reads."""
 
@@ -52,7 +55,7 @@ class HunyuanVAE:
         model.use_framewise_encoding = model.use_framewise_decoding = False
         model.enable_tiling(
             tile_sample_min_height=TILE, tile_sample_min_width=TILE,
-            tile_sample_stride_height=TILE * 3 // 4, tile_sample_stride_width=TILE * 3 // 4,
+            tile_sample_stride_height=TILE_STRIDE, tile_sample_stride_width=TILE_STRIDE,
         )
 
     @classmethod
@@ -83,13 +86,21 @@ class HunyuanVAE:
 
         The mode of the distribution, never a sample.
         """
-        return self.model.encode(video.to(self.device, self.dtype)).latent_dist.mode().float() * self.scale
+        with calls_shown(self.model.encoder, _tiles(*video.shape[3:]), "encoding video"):
+            return self.model.encode(video.to(self.device, self.dtype)).latent_dist.mode().float() * self.scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode normalised latents (B, 16, T, h, w) to (B, 3, 4(T-1)+1, 8h, 8w), float32, in [-1, 1]."""
         latents = (latents.to(self.device, torch.float32) / self.scale).to(self.dtype)
-        return self.model.decode(latents).sample.float().clamp(-1, 1)
+        height, width = (self.spatial_factor * size for size in latents.shape[3:])
+        with calls_shown(self.model.decoder, _tiles(height, width), "decoding video"):
+            return self.model.decode(latents).sample.float().clamp(-1, 1)
+
+
+def _tiles(height: int, width: int) -> int:
+    """Calls of encoder or decoder for a video of this size in pixels."""
+    return 1 if max(height, width) <= TILE else math.ceil(height / TILE_STRIDE) * math.ceil(width / TILE_STRIDE)
 
 
 def vae_layout(tensors: Tensors) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from models.checkpoint import Entry, Tensors, guess_content, load_into
+from models.layers import calls_shown
 from models.scaled_fp8 import dequantised
 from models.wan.keys import IMAGE_ENCODER, TEXT_ENCODER, vae_keys, vae_structure
 from models.wan.tokenizer import EMBEDDED, WanTokenizer
@@ -91,14 +92,16 @@ class WanVAE:
                 f"a video of {frames} frames, {width}x{height}, does not fit Wan's latent grid: frames must "
                 "be 4n+1, width and height multiples of 8."
             )
-        latents = self.model.encode(video.to(self.device, self.dtype)).latent_dist.mode().float()
+        with calls_shown(self.model.encoder, 1 + frames // self.temporal_factor, "encoding video"):
+            latents = self.model.encode(video.to(self.device, self.dtype)).latent_dist.mode().float()
         return (latents - self.mean) / self.std
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode normalised latents (B, 16, T, h, w) to (B, 3, 4(T-1)+1, 8h, 8w), float32, in [-1, 1]."""
         latents = latents.to(self.device, torch.float32) * self.std + self.mean
-        return self.model.decode(latents.to(self.dtype)).sample.float()
+        with calls_shown(self.model.decoder, latents.shape[2], "decoding video"):
+            return self.model.decode(latents.to(self.dtype)).sample.float()
 
 
 def _latent_statistics(tensors: Tensors, config_json: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
