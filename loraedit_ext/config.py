@@ -251,6 +251,9 @@ class RunConfig(Settings):
     partition_split: list[int] = []
     activation_checkpointing: bool = True
     """Recompute each block in backward instead of keeping its activations."""
+    blocks_to_swap: int = Field(0, ge=0)
+    """So many transformer blocks fewer on the GPU, at most all but two: weights wait in host memory and are copied over
+    just before they are needed. For training and editing; see docs/memory.md."""
     save_every_n_steps: int | None = Field(None, ge=1)
     """Export the LoRA; it is always exported at the end of each stage."""
     save_dtype: DType = "float32"
@@ -295,6 +298,16 @@ class RunConfig(Settings):
         names = [stage.name for stage in self.stage]
         if len(set(names)) != len(names):
             raise ValueError(f"stage names must differ, found {names}")
+        if self.blocks_to_swap and self.pipeline_stages > 1:
+            raise ValueError(
+                f"blocks_to_swap = {self.blocks_to_swap} needs pipeline_stages = 1, found {self.pipeline_stages}; "
+                "save memory with the one or the other"
+            )
+        if self.blocks_to_swap and not self.activation_checkpointing:
+            raise ValueError(
+                f"blocks_to_swap = {self.blocks_to_swap} needs activation_checkpointing = true: a block's weights come "
+                "again when it is recomputed in backward"
+            )
         if self.early_stop_patience and not self.eval_every_n_steps:
             raise ValueError("early_stop_patience counts evaluations; set eval_every_n_steps too")
         if (self.partition_method == "manual") != bool(self.partition_split):

@@ -95,7 +95,7 @@ class Editor:
         transformer = self.model.build_transformer()
         layers = transformer.layers()
         dtype, linears = config.model.storage
-        self.model.load_weights(layers, dtype, self.device, linears)
+        self.model.load_weights(layers, dtype, self.device, linears, config.blocks_to_swap)
         if self.stack:
             lora.attach(transformer, layers, lora.combine(self.stack), self.device)
         return transformer.eval()

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -282,8 +283,9 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], lora: LoraFile) -> None:
 
 def _add_differences(layers: Iterable[PipelineLayer], lora: LoraFile, device: torch.device) -> None:
     for layer in layers:
-        for name, parameter in list(layer.original_parameters()):
-            if name in lora.differences:
+        changed = [(name, parameter) for name, parameter in layer.original_parameters() if name in lora.differences]
+        with layer.streamed.changing() if layer.streamed and changed else nullcontext():
+            for name, parameter in changed:
                 if parameter.dtype in FLOAT8:
                     raise UserError(
                         f"{lora.path}: changes the whole of {name}, which is stored in 8 bits here. Set "
@@ -291,7 +293,10 @@ def _add_differences(layers: Iterable[PipelineLayer], lora: LoraFile, device: to
                     )
                 difference = lora.differences[name].to(device, torch.float32)
                 value = (parameter.detach().float() + difference).to(parameter.dtype)
-                _replace(layer, parameter, nn.Parameter(value, requires_grad=False))
+                if layer.streamed:
+                    parameter.data.copy_(value)
+                else:
+                    _replace(layer, parameter, nn.Parameter(value, requires_grad=False))
 
 
 def check_model(lora: LoraFile, model: I2VModel) -> None:

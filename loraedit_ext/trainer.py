@@ -97,7 +97,7 @@ class Trainer:
         bounds = split(layers, config.pipeline_stages, config.partition_method, config.partition_split)
         self.owned = dict(list(enumerate(layers))[bounds[stage] : bounds[stage + 1]])
         dtype, linears = config.model.storage
-        self.model.load_weights(list(self.owned.values()), dtype, world.device, linears)
+        self.model.load_weights(list(self.owned.values()), dtype, world.device, linears, config.blocks_to_swap)
         lora.inject(transformer, self.model, config.adapter)
         lora.initialise(self.owned.values(), config.seed, world.device)
         self.weights = lora.trainable(self.owned.values())

@@ -20,6 +20,7 @@ from models.checkpoint import Tensors, load_into, materialise
 from models.float8 import FLOAT8, quantised, replace_linears
 from models.layers import PipelineLayer
 from models.lora_names import LoraNames
+from models.streaming import HostMemory, streamed_blocks
 
 _log = logging.getLogger(__name__)
 
@@ -199,22 +200,31 @@ class I2VModel(ABC):
         return linears if linears and leaf == "weight" and re.fullmatch(self.large_linears, module) else dtype
 
     def load_weights(
-        self, layers: list[PipelineLayer], dtype: torch.dtype, device: torch.device, linears: torch.dtype | None = None
+        self, layers: list[PipelineLayer], dtype: torch.dtype, device: torch.device, linears: torch.dtype | None = None,
+        swapped: int = 0,
     ) -> None:
         """Stream the checkpoint's weights into these layers, and read no others.
 
         Args:
             dtype, linears: see `dtype_of`. With 8-bit `linears`, weights that are 8-bit in the file stay as they are,
                 with their scales if they have any; others get one scale per row.
+            swapped: so many blocks fewer shall be on the device (`models.streaming`); needs the whole chain of layers.
         """
-        tensors = self.checkpoint.transformer_tensors()
+        tensors, host = self.checkpoint.transformer_tensors(), HostMemory(device)
+        streamed = streamed_blocks(layers, swapped) if swapped else []
         for layer in layers:
+            home = torch.device("cpu") if layer in streamed else device
             for attribute, origin in layer.origin.items():
-                self._load_part(getattr(layer, attribute), origin, tensors.under(f"{origin}."), dtype, device, linears)
+                part = getattr(layer, attribute)
+                self._load_part(part, origin, tensors.under(f"{origin}."), dtype, home, linears, layer not in streamed)
+            if layer in streamed:
+                host.take(layer)
+        if streamed:
+            host.serve()
 
     def _load_part(
         self, module: nn.Module, origin: str, tensors: Tensors, dtype: torch.dtype, device: torch.device,
-        linears: torch.dtype | None,
+        linears: torch.dtype | None, mapped: bool,
     ) -> None:
         stored = replace_linears(module, origin, self.large_linears) if linears in FLOAT8 else {}
         for name, linear in stored.items():
@@ -232,7 +242,7 @@ class I2VModel(ABC):
             chosen = self.dtype_of(f"{origin}.{name}", dtype, linears)
             return example.dtype if chosen in FLOAT8 and example.dtype in FLOAT8 else chosen
 
-        load_into(module, tensors, final, device)
+        load_into(module, tensors, final, device, mapped)
 
     def model_inputs(
         self, noisy: Tensor, t: Tensor, condition: dict[str, Tensor], guidance: float = 1.0

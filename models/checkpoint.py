@@ -393,7 +393,8 @@ DtypeOf = Callable[[str, Tensor], torch.dtype]
 
 
 def load_into(
-    module: nn.Module, tensors: Tensors, dtype_of: DtypeOf | None = None, device: torch.device | str = "cpu"
+    module: nn.Module, tensors: Tensors, dtype_of: DtypeOf | None = None, device: torch.device | str = "cpu",
+    mapped: bool = True,
 ) -> None:
     """Fill a module built on the meta device, tensor by tensor, in the order of the files.
 
@@ -406,6 +407,7 @@ def load_into(
         dtype_of: final dtype from the name and a meta tensor of the file's shape and dtype; default: as in
             the file.
         device: where the weights shall live.
+        mapped: whether tensors may stay mapped; else all are copies.
 
     Raises:
         UserError: names or shapes differ from the module's.
@@ -415,7 +417,7 @@ def load_into(
     for name, entry in tensors.entries.items():
         example = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
         dtype = dtype_of(name, example) if dtype_of else entry.dtype
-        _place(module, name, materialise(entry, dtype, torch.device(device)))
+        place(module, name, materialise(entry, dtype, torch.device(device), mapped))
 
 
 def _check_floating(module: nn.Module, tensors: Tensors) -> None:
@@ -436,12 +438,12 @@ def slots(module: nn.Module) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in named if name in persistent}
 
 
-def materialise(entry: Entry, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The tensor in `dtype` on `device`; mapped as it is where nothing has to change."""
+def materialise(entry: Entry, dtype: torch.dtype, device: torch.device, mapped: bool = True) -> Tensor:
+    """The tensor in `dtype` on `device`; where nothing has to change as it is, unless it may not stay `mapped`."""
     if entry.scaled is not None:
         return _dequantised(*entry.scaled, dtype, device)
     source = entry.read()
-    if source.dtype == dtype and device.type == "cpu":
+    if source.dtype == dtype and device.type == "cpu" and (mapped or not entry.mapped):
         return source
     target = torch.empty(entry.shape, dtype=dtype, device=device)
     pieces = source.contiguous().view(-1).split(_CHUNK_ELEMENTS)
@@ -489,7 +491,8 @@ def release_pages(mapped: Tensor) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
-def _place(module: nn.Module, name: str, tensor: Tensor) -> None:
+def place(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a frozen tensor where a module has a parameter or buffer of that dotted name."""
     path, _, leaf = name.rpartition(".")
     parent = module.get_submodule(path)
     is_parameter = leaf in parent._parameters

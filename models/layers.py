@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.progress import brief
+
+if TYPE_CHECKING:
+    from models.streaming import StreamedBlock
 
 _VIEW_OF = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 _FLOAT_OF = {torch.int32: torch.float32, torch.int16: torch.bfloat16}
@@ -68,15 +71,19 @@ class PipelineLayer(nn.Module):
     Attributes:
         origin: attribute name of each submodule -> its dotted name in the original checkpoint.
         recompute: recompute this layer's activations in backward instead of keeping them.
+        streamed: set if the weights live in host memory; such a layer always recomputes.
     """
 
     def __init__(self, origin: dict[str, str]) -> None:
         super().__init__()
         self.origin = origin
         self.recompute = False
+        self.streamed: StreamedBlock | None = None
 
     def run(self, module: nn.Module, *arguments: Any) -> Tensor:
         """`module(*arguments)`, its activations recomputed in backward if `recompute` says so."""
+        if self.streamed is not None:
+            return self.streamed.run(module, *arguments)
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(module, *arguments, use_reentrant=False)
         return module(*arguments)

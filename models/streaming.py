@@ -1,0 +1,270 @@
+"""One-way streaming of frozen blocks: their weights live in host memory, and two buffers on the device take turns.
+
+Streamed block k computes in buffer k % 2; its parameters are views of that buffer for good, only the bytes under them
+change. A block is lent its buffer while it computes: in the forward pass, then from its recomputation to the end of its
+backward. A buffer that comes back is refilled at once with the block that needs it next, on a copy stream of its own,
+while the other one computes. Weights never travel back. Where both passes turn, the buffers hold what is needed, so
+with N + 2 streamed blocks a training step copies N blocks forward and N backward for each micro-batch.
+
+Ordering on a GPU is by two events a buffer and nothing else: `ready` (filled) and `free` (no kernel reads it any more).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from common.errors import UserError
+from models.checkpoint import place
+from models.layers import PipelineLayer
+
+_log = logging.getLogger(__name__)
+
+BUFFERS = 2
+_ALIGNMENT = 256
+"""Bytes at whose multiples tensors begin, as in CUDA's own allocations."""
+_PIECE = 64 << 20
+"""Bytes of one host allocation. Torch rounds pinned ones up to a power of two, half as much again for a whole block."""
+
+
+def streamed_blocks(layers: Sequence[PipelineLayer], count: int) -> list[PipelineLayer]:
+    """The blocks to stream so that `count` fewer stay on the device, evenly spread so that copies have time.
+
+    Args:
+        layers: the transformer's whole chain.
+        count: `blocks_to_swap`. Two more are streamed, for the buffers take the place of two.
+
+    Raises:
+        UserError: the model has not so many blocks.
+    """
+    blocks = layers[1:-1]
+    if count > len(blocks) - BUFFERS:
+        raise UserError(
+            f"blocks_to_swap = {count}: the model has {len(blocks)} blocks, and two are on the device at any time; "
+            f"expected at most {len(blocks) - BUFFERS}. Lower blocks_to_swap."
+        )
+    wanted = count + BUFFERS if count else 0
+    # From the end: the first block, whose input needs no gradient of its own, comes last.
+    return [blocks[-1 - index * len(blocks) // wanted] for index in reversed(range(wanted))]
+
+
+def block_bytes(sizes: Sequence[int]) -> int:
+    """What tensors of these sizes take in a buffer."""
+    return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)
+
+
+class HostMemory:
+    """Weights of blocks in host memory, page-locked where a GPU shall read them.
+
+    Args:
+        device: that they will be copied to.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.layers: list[PipelineLayer] = []
+        self.blocks: list[list[Tensor]] = []
+        self._pinned = device.type == "cuda"
+
+    def take(self, layer: PipelineLayer) -> None:
+        """Take over the weights of a layer that was loaded on the CPU; it keeps their shapes on the meta device."""
+        layout = list(_layout(layer))
+        _, last, offset = layout[-1]
+        size = offset + block_bytes([last.nbytes])
+        pieces = [self._allocate(min(_PIECE, size - start)) for start in range(0, size, _PIECE)]
+        for name, tensor, offset in layout:
+            _write(pieces, offset, tensor.detach().reshape(-1).view(torch.uint8))
+            place(layer, name, torch.empty_like(tensor, device="meta"))
+        self.layers.append(layer)
+        self.blocks.append(pieces)
+
+    def _allocate(self, size: int) -> Tensor:
+        if self._pinned:
+            try:
+                return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError as error:
+                self._pinned = False
+                _log.warning(
+                    "blocks_to_swap: the system page-locks %.1f GB of host memory and no more (%s). The rest is copied "
+                    "from ordinary memory, which is slower; `python -m loraedit_ext.doctor` says what can be done.",
+                    sum(len(piece) for block in self.blocks for piece in block) / 1e9, str(error).splitlines()[0],
+                )
+        return torch.empty(size, dtype=torch.uint8)
+
+    def serve(self) -> None:
+        """Put the buffers on the device and the layers' parameters into them; from here on the layers can run."""
+        ring = Ring(self.blocks, self.device)
+        for number, layer in enumerate(self.layers):
+            buffer = ring.buffers[number % BUFFERS].bytes
+            for name, tensor, offset in list(_layout(layer)):
+                place(layer, name, buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
+            layer.streamed = StreamedBlock(ring, number)
+
+
+def _layout(layer: PipelineLayer) -> Iterator[tuple[str, Tensor, int]]:
+    """Name, tensor and first byte of each of a layer's weights."""
+    offset = 0
+    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+        yield name, tensor, offset
+        offset += block_bytes([tensor.nbytes])
+
+
+def _write(pieces: Sequence[Tensor], offset: int, data: Tensor) -> None:
+    """Write bytes from `offset` on over the bounds of pieces."""
+    while len(data):
+        index, start = divmod(offset, _PIECE)
+        part = pieces[index][start : start + len(data)]
+        part.copy_(data[: len(part)])
+        offset, data = offset + len(part), data[len(part) :]
+
+
+class _Buffer:
+    """One of the device's buffers."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.bytes = torch.empty(size, dtype=torch.uint8, device=device)
+        self.holds: int | None = None
+        """Number of the block whose weights are in it, or on their way."""
+        self.lent = False
+        self.ready = self.free = None
+        if device.type == "cuda":
+            self.ready, self.free = torch.cuda.Event(), torch.cuda.Event()
+            self.free.record()  # the memory may be one that kernels before still use
+
+
+class Ring:
+    """The device's buffers, and who is in which.
+
+    Args:
+        blocks: host pieces of each streamed block, in the order of computation.
+
+    Attributes:
+        copied: bytes copied to the device so far.
+    """
+
+    def __init__(self, blocks: Sequence[Sequence[Tensor]], device: torch.device) -> None:
+        self.blocks = blocks
+        size = max(sum(len(piece) for piece in pieces) for pieces in blocks)
+        self.buffers = [_Buffer(size, device) for _ in range(BUFFERS)]
+        self.copied = 0
+        self.token = torch.zeros((), device=device, requires_grad=True)
+        """Makes autograd come back to a block's entry even if its input needs no gradient."""
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def acquire(self, number: int) -> None:
+        """Lend a block its buffer, filled."""
+        buffer = self.buffers[number % BUFFERS]
+        self._fetch(number)
+        if buffer.lent:
+            raise RuntimeError(f"streamed block {number} is already computing")
+        buffer.lent = True
+        if buffer.ready is not None:
+            torch.cuda.current_stream().wait_event(buffer.ready)
+
+    def release(self, number: int, following: int) -> None:
+        """Take a block's buffer back and refill it with block `following`, if there is one of that number."""
+        buffer = self.buffers[number % BUFFERS]
+        if not buffer.lent or buffer.holds != number:
+            raise RuntimeError(f"streamed block {number} gives back a buffer that it was not lent")
+        buffer.lent = False
+        if buffer.free is not None:
+            buffer.free.record()
+        if 0 <= following < len(self.blocks):
+            self._fetch(following)
+
+    def _fetch(self, number: int) -> None:
+        buffer = self.buffers[number % BUFFERS]
+        if buffer.holds == number:
+            return
+        if buffer.lent:
+            raise RuntimeError(f"streamed block {number} would overwrite block {buffer.holds} while it computes")
+        buffer.holds = number
+        with self._copying(buffer):
+            for piece, part in self._parts(number):
+                part.copy_(piece, non_blocking=True)
+                self.copied += len(piece)
+
+    def _parts(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """A block's pieces on the host and their places on the device."""
+        for piece, part in zip(self.blocks[number], self.buffers[number % BUFFERS].bytes.split(_PIECE), strict=False):
+            yield piece, part[: len(piece)]
+
+    @contextmanager
+    def _copying(self, buffer: _Buffer) -> Iterator[None]:
+        if self._copies is None:
+            yield
+            return
+        self._copies.wait_event(buffer.free)
+        with torch.cuda.stream(self._copies):
+            yield
+        buffer.ready.record(self._copies)
+
+    def store(self, number: int) -> None:
+        """Write a lent block's weights, changed on the device, to the host."""
+        for piece, part in self._parts(number):
+            piece.copy_(part)
+
+
+class StreamedBlock:
+    """What a layer knows of its streamed weights."""
+
+    def __init__(self, ring: Ring, number: int) -> None:
+        self.ring, self.number = ring, number
+
+    def run(self, module: nn.Module, hidden: Tensor, *arguments: Any) -> Tensor:
+        """`module(hidden, *arguments)`, in training with its activations recomputed in backward."""
+        if not torch.is_grad_enabled():
+            after = self.number + BUFFERS
+            with self._lent(after if after < len(self.ring.blocks) else self.number % BUFFERS):
+                return module(hidden, *arguments)
+        hidden = _Entry.apply(hidden, self.ring.token, self)
+        return checkpoint(
+            module, hidden, *arguments, use_reentrant=False,
+            context_fn=lambda: (self._lent(self.number + BUFFERS), self._lent_until_entry()),
+        )
+
+    @contextmanager
+    def _lent(self, following: int) -> Iterator[None]:
+        self.ring.acquire(self.number)
+        try:
+            yield
+        finally:
+            self.ring.release(self.number, following)
+
+    @contextmanager
+    def _lent_until_entry(self) -> Iterator[None]:
+        """For the recomputation: the backward that follows it reads the weights as well, up to `_Entry`."""
+        self.ring.acquire(self.number)
+        yield
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """The block's weights on the device, to be changed in place for good."""
+        with self._lent(self.number):
+            yield
+            self.ring.store(self.number)
+
+
+class _Entry(torch.autograd.Function):
+    """The identity before a block. Its backward is the last of the block.
+
+    Autograd runs the nodes that are ready latest-made first, and this one is made before all of the block: also those
+    run before it that lead to a LoRA alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, _token: Tensor, block: StreamedBlock) -> Tensor:
+        ctx.block = block
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        block = ctx.block
+        block.ring.release(block.number, block.number - BUFFERS)
+        return gradient, None, None
