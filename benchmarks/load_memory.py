@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -28,18 +29,22 @@ from models.wan.config import WanConfig, transformer_shapes
 from models.wan.wrapper import WanI2V
 
 REPORT = Path(__file__).with_suffix(".md")
-CASES: Mapping[str, tuple[str, str, str]] = {
-    "bf16 file, kept": ("bfloat16", "", "all"),
-    "bf16 file to fp32": ("float32", "", "all"),
-    "bf16 file to float8": ("bfloat16", "float8_e4m3fn", "all"),
-    "bf16 file, kept, first of two stages": ("bfloat16", "", "first"),
-    "bf16 file to float8, second of two stages": ("bfloat16", "float8_e4m3fn", "second"),
-    "scaled fp8 file to bf16": ("bfloat16", "", "all"),
-    "scaled fp8 file to float8 (bytes and scales kept)": ("bfloat16", "float8_e4m3fn", "all"),
-    "HunyuanVideo in diffusers' names, fused": ("bfloat16", "", "all"),
-    "HunyuanVideo in diffusers' names, fused, to fp32": ("float32", "", "all"),
+CASES: Mapping[str, tuple[str, str, str, int]] = {
+    "bf16 file, kept": ("bfloat16", "", "all", 0),
+    "bf16 file to fp32": ("float32", "", "all", 0),
+    "bf16 file to float8": ("bfloat16", "float8_e4m3fn", "all", 0),
+    "bf16 file, kept, first of two stages": ("bfloat16", "", "first", 0),
+    "bf16 file to float8, second of two stages": ("bfloat16", "float8_e4m3fn", "second", 0),
+    "bf16 file, kept, blocks_to_swap = 10": ("bfloat16", "", "all", 10),
+    "bf16 file to float8, blocks_to_swap = 10": ("bfloat16", "float8_e4m3fn", "all", 10),
+    "scaled fp8 file to bf16": ("bfloat16", "", "all", 0),
+    "scaled fp8 file to float8 (bytes and scales kept)": ("bfloat16", "float8_e4m3fn", "all", 0),
+    "scaled fp8 file to float8, blocks_to_swap = 10": ("bfloat16", "float8_e4m3fn", "all", 10),
+    "HunyuanVideo in diffusers' names, fused": ("bfloat16", "", "all", 0),
+    "HunyuanVideo in diffusers' names, fused, to fp32": ("float32", "", "all", 0),
 }
-"""Row -> storage dtype, that of the blocks' linears, which stage; the row's first word says which of the files."""
+"""Row -> storage dtype, that of the blocks' linears, which stage, blocks_to_swap (its two buffers on the device are not
+filled yet, and not counted); the row's first word says which of the files."""
 WRAPPERS = {"wan": WanI2V, "hunyuan-video": HunyuanI2V}
 LIMIT = 1.1
 
@@ -79,7 +84,7 @@ def _planned(name: str, shape: Shape, scaled: bool) -> list[Planned]:
     return [full(shape, torch.float8_e4m3fn), Planned(scale, (), torch.float32, lambda: torch.tensor(0.5))]
 
 
-def child(folder: Path, dtype: str, linears: str, part: str) -> None:
+def child(folder: Path, dtype: str, linears: str, part: str, swapped: int) -> None:
     """Load, touch every weight, print megabytes: peak over the start, resident weights, seconds."""
     torch.set_num_threads(1)
     _warm_up(folder)
@@ -89,9 +94,13 @@ def child(folder: Path, dtype: str, linears: str, part: str) -> None:
     half = len(layers) // 2
     layers = {"all": layers, "first": layers[:half], "second": layers[half:]}[part]
     before, started = _memory("VmRSS"), time.perf_counter()
-    model.load_weights(layers, getattr(torch, dtype), torch.device("cpu"), getattr(torch, linears) if linears else None)
+    of_linears = getattr(torch, linears) if linears else None
+    model.load_weights(layers, getattr(torch, dtype), torch.device("cpu"), of_linears, swapped)
     seconds = time.perf_counter() - started
-    tensors = {id(t): t for layer in layers for t in (*layer.parameters(), *layer.buffers()) if not t.is_meta}
+    resident = [t for layer in layers if not layer.streamed for t in (*layer.parameters(), *layer.buffers()) if not t.is_meta]
+    rings = {layer.streamed.ring for layer in layers if layer.streamed}
+    resident += [piece for ring in rings for piece in chain(*ring.blocks)]
+    tensors = {id(t): t for t in resident}
     for tensor in tensors.values():
         tensor.view(torch.uint8 if tensor.dtype.itemsize == 1 else tensor.dtype).flatten()[::512].float().sum()
     print(_memory("VmHWM") - before, sum(t.nbytes for t in tensors.values()) / 2**20, seconds)
@@ -110,8 +119,8 @@ def _memory(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
-def measure(folder: Path, case: tuple[str, str, str]) -> tuple[float, float, float]:
-    command = [sys.executable, "-m", "benchmarks.load_memory", "--child", str(folder), *case]
+def measure(folder: Path, case: tuple[str, str, str, int]) -> tuple[float, float, float]:
+    command = [sys.executable, "-m", "benchmarks.load_memory", "--child", str(folder), *map(str, case)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPORT.parents[1])
     peak, resident, seconds = map(float, done.stdout.split())
     return peak, resident, seconds
@@ -134,10 +143,11 @@ def report(size: int, rows: Mapping[str, tuple[float, float, float]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser("load_memory", description=__doc__.splitlines()[0])
     parser.add_argument("--gb", type=float, default=1.6, help="size of the checkpoint")
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        child(Path(options.child[0]), *options.child[1:])
+        folder, *words, swapped = options.child
+        child(Path(folder), *words, int(swapped))
         return 0
     with tempfile.TemporaryDirectory() as name:
         folders = {word: Path(name, word) for word in ("bf16", "scaled", "HunyuanVideo")}

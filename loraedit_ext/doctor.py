@@ -17,6 +17,7 @@ Status = Literal["ok", "note", "bad"]
 GB = 1e9
 PYTHON = (3, 11)
 DEEPSPEED = ("0.19.4", "0.20")
+SMALL_CARD = 24 * GB
 PINNED_PROBE = 4 * GB
 _PROBE_PIECE = 256 << 20
 ATTENTION = {"flash_attn": "flash-attn", "flash_attn_interface": "flash-attn-3", "sageattention": "sageattention",
@@ -63,7 +64,9 @@ def torch_and_cuda() -> Iterator[Finding]:
         found = f"{index}: {name}, sm{capability[0]}{capability[1]}, {free / GB:.1f} of {total / GB:.1f} GB free"
         busy = "Other programs hold memory: see nvidia-smi." if free < 0.9 * total else ""
         old = "No bfloat16 on this card: set model.dtype = 'float32'." if capability < (8, 0) else ""
-        yield Finding("note" if busy or old else "ok", "gpu", found, " ".join(filter(None, (old, busy))))
+        small = "Small for a 14B model: see docs/memory.md (float8, blocks_to_swap, clip_frames)." if total < SMALL_CARD else ""
+        cure = " ".join(filter(None, (old, busy, small)))
+        yield Finding("note" if cure else "ok", "gpu", found, cure)
 
 
 def deepspeed() -> Iterator[Finding]:
@@ -93,14 +96,14 @@ def attention() -> Iterator[Finding]:
 
 
 def memory() -> Iterator[Finding]:
-    available, total = _ram()
+    available, total = ram()
     if available is None:
         yield Finding("note", "ram", "unknown on this system")
         return
     found = f"{available / GB:.1f} of {total / GB:.1f} GB available"
     if available < 16 * GB:
         yield Finding("note", "ram", found, "Little for a 14B model: with transformer_dtype = 'float8' the weights take "
-                      "16 GB; close other programs, or train a 1.3B model.")
+                      "16 GB, on the GPU or, with blocks_to_swap, here; close other programs, or train a 1.3B model.")
     else:
         yield Finding("ok", "ram", found)
 
@@ -118,7 +121,7 @@ def pinned_memory() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         yield Finding("note", "pinned", "not probed: pinned memory serves copies to a GPU, and there is none")
         return
-    available = _ram()[0] or PINNED_PROBE
+    available = ram()[0] or PINNED_PROBE
     goal = int(min(PINNED_PROBE, available / 4))
     pieces = []
     try:
@@ -127,7 +130,8 @@ def pinned_memory() -> Iterator[Finding]:
     except RuntimeError as error:
         got = len(pieces) * _PROBE_PIECE / GB
         yield Finding("note", "pinned", f"the system gives {got:.1f} of {goal / GB:.1f} GB ({str(error).splitlines()[0]})",
-                      "Raise `ulimit -l`; under WSL2 raise memory= in .wslconfig; containers need --ulimit memlock=-1.")
+                      "blocks_to_swap copies more slowly without it. Raise `ulimit -l`; under WSL2 raise memory= in "
+                      ".wslconfig; containers need --ulimit memlock=-1.")
         return
     yield Finding("ok", "pinned", f"at least {len(pieces) * _PROBE_PIECE / GB:.1f} GB can be page-locked")
 
@@ -182,7 +186,7 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("+")[0].split(".") if part.isdigit())
 
 
-def _ram() -> tuple[int | None, int]:
+def ram() -> tuple[int | None, int]:
     """Available and total bytes of RAM; a container's limit counts."""
     try:
         rows = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())

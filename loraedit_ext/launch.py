@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from dataset.triple import EncodedTriple, Triple
 from loraedit_ext import lora, plan
 from loraedit_ext import run as runs
 from loraedit_ext.config import Family, RunConfig, StageSettings
+from loraedit_ext.doctor import ram
 from loraedit_ext.encode import Unconditional, encode_all, identity
 from loraedit_ext.hunyuan import MaskedHunyuan
 from loraedit_ext.pipeline import World, check_world, distributed
@@ -23,6 +25,7 @@ from loraedit_ext.preview import Preview, describe_preview, plan_preview
 from loraedit_ext.wan import MaskedWan
 from models.base import I2VModel
 from models.hunyuan.checkpoint import HunyuanCheckpoint
+from models.streaming import streamed_blocks
 from models.wan.checkpoint import WanCheckpoint
 
 MAX_AREA = 832 * 480
@@ -99,15 +102,23 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     stages = plan.stages(config, job)
     triples = plan.triples(job, stages)
     prepared = Prepared(model, job, stages, triples, plan_preview(config, job, model.geometry))
+    transformer = model.build_transformer()
+    streamed_blocks(transformer.layers(), config.blocks_to_swap)
     if world.is_main:
-        transformer = model.build_transformer()
         lora.inject(transformer, model, config.adapter)
         cache = cache_of(config)
         cached = sum(identity(model, t, config.mask_rule) in cache for group in triples.values() for t in group)
-        print(plan.describe(config, job, model, stages, triples, cached, transformer, replicas), flush=True)
+        print(plan.describe(config, job, model, stages, triples, cached, transformer, replicas, this_machine()), flush=True)
         if prepared.preview:
             print(describe_preview(prepared.preview, config, job, model.geometry), flush=True)
     return prepared
+
+
+def this_machine() -> plan.Machine:
+    """What one of the processes started here may use."""
+    device = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if torch.cuda.is_available() else None
+    available, _ = ram()
+    return plan.Machine(device, available and available / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _run(
@@ -142,6 +153,7 @@ def edit(config: RunConfig, lora_path: Path | None, out: Path | None) -> Path:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(config, device)
+    streamed_blocks(model.build_transformer().layers(), config.blocks_to_swap)
     job = open_job(config, model)
     adapter = lora.read(lora_path or runs.newest_lora(config.output_dir), model)
     for note in check_lora(adapter, model, job, config.mask_rule):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from dataset.triple import Triple
 from loraedit_ext import regimes
 from loraedit_ext.config import RunConfig, StageSettings
 from models.base import I2VModel
+from models.layers import PipelineLayer
+from models.streaming import BUFFERS, streamed_blocks
 
 GB = 1e9
 CHECKPOINTED_ROWS = 2.0
@@ -25,6 +27,8 @@ WORKING_ROWS = 36.1
 """Rows alive at the peak of one block's backward."""
 OPTIMIZER_BYTES = 16
 """Per LoRA weight: fp32 weight, gradient, and AdamW's two moments."""
+HEADROOM = 0.92
+"""Share of a device's memory that a run may be predicted to need: the rest is the CUDA context's and the allocator's."""
 
 
 def stages(config: RunConfig, job: EditJob) -> list[StageSettings]:
@@ -60,6 +64,12 @@ class Memory:
     weights: float
     adapter: float
     activations: float
+    host: float = 0.0
+    """Host memory of the streamed blocks' weights."""
+    streamed: int = 0
+    """Blocks that `blocks_to_swap` streams."""
+    copied: float = 0.0
+    """Bytes that go to the device for each micro-batch of a training step."""
 
     @property
     def total(self) -> float:
@@ -75,12 +85,13 @@ def predict_memory(
         transformer: with the LoRA injected, on any device.
         tokens: video tokens of the largest sample.
         width, blocks: of the transformer.
+
+    Raises:
+        UserError: the model has too few blocks for `blocks_to_swap`.
     """
-    dtype, linears = config.model.storage
-    frozen = sum(
-        p.numel() * model.dtype_of(name.replace(".base_layer", ""), dtype, linears).itemsize
-        for name, p in transformer.named_parameters() if not p.requires_grad
-    )
+    layers = transformer.layers()
+    sizes = [_frozen_bytes(layer, config, model) for layer in streamed_blocks(layers, config.blocks_to_swap)]
+    frozen = sum(_frozen_bytes(layer, config, model) for layer in layers) - sum(sizes) + BUFFERS * max(sizes, default=0)
     trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     compute = torch.finfo(getattr(torch, config.model.dtype)).bits // 8
     row = tokens * width * compute * config.micro_batch_size_per_gpu
@@ -91,12 +102,64 @@ def predict_memory(
         weights=frozen * share,
         adapter=trained * OPTIMIZER_BYTES * share,
         activations=row * (kept * blocks * share * in_flight + WORKING_ROWS),
+        host=sum(sizes), streamed=len(sizes), copied=sum(sizes[BUFFERS:]) + sum(sizes[:-BUFFERS]),
     )
+
+
+def _frozen_bytes(layer: PipelineLayer, config: RunConfig, model: I2VModel) -> int:
+    dtype, linears = config.model.storage
+    return sum(
+        parameter.numel() * model.dtype_of(name.replace(".base_layer", ""), dtype, linears).itemsize
+        for name, parameter in layer.original_parameters() if not parameter.requires_grad
+    )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a process may use here, in bytes; None where it is not known."""
+
+    device: float | None = None
+    host: float | None = None
+
+
+def advice(config: RunConfig, predict: Callable[[RunConfig], Memory], blocks: int, machine: Machine) -> Iterator[str]:
+    """What to change if a run will not fit.
+
+    Args:
+        predict: memory of the same run with another configuration.
+        blocks: of the transformer.
+    """
+    memory = predict(config)
+    if machine.host is not None and memory.host > machine.host:
+        yield (f"blocks_to_swap = {config.blocks_to_swap} needs {memory.host / GB:.1f} GB of host memory a process, "
+               f"{machine.host / GB:.1f} GB are available: lower it, or set model.transformer_dtype = 'float8'")
+    if machine.device is None or memory.total <= HEADROOM * machine.device:
+        return
+    yield f"will not fit: the device has {machine.device / GB:.1f} GB, of which {HEADROOM:.0%} can be used; what helps:"
+    if not config.activation_checkpointing:
+        yield "- activation_checkpointing = true"
+    elif config.pipeline_stages > 1:
+        yield "- more pipeline_stages (blocks_to_swap needs one)"
+    else:
+        yield _swap_advice(config, predict, blocks, machine.device)
+    if config.model.transformer_dtype != "float8":
+        yield "- model.transformer_dtype = 'float8'"
+    yield "- fewer tokens: a smaller size or fewer frames in the job, or its clip_frames"
+
+
+def _swap_advice(config: RunConfig, predict: Callable[[RunConfig], Memory], blocks: int, device: float) -> str:
+    """The fewest blocks to swap with which the run fits, or that none are enough."""
+    for count in range(config.blocks_to_swap + 1, blocks - BUFFERS + 1):
+        found = predict(config.model_copy(update={"blocks_to_swap": count}))
+        if found.total <= HEADROOM * device:
+            return f"- blocks_to_swap = {count}: about {found.total / GB:.1f} GB, and {found.host / GB:.1f} GB of host memory"
+    return f"- blocks_to_swap, but not alone: {max(0, blocks - BUFFERS)}, the most, are not enough"
 
 
 def describe(
     config: RunConfig, job: EditJob, model: I2VModel, chosen: Sequence[StageSettings],
     samples: Mapping[regimes.Regime, Sequence[Triple]], cached: int, transformer: nn.Module, replicas: int,
+    machine: Machine,
 ) -> str:
     """The plan, as text."""
     names = {regime: [t.name for t in group] for regime, group in samples.items()}
@@ -105,7 +168,12 @@ def describe(
     width, height = job.size
     _, latent_frames, h, w = model.geometry.latent_shape(max(len(c) for c in job.clips), height, width)
     tokens = latent_frames * h * w // model.geometry.patch**2
-    memory = predict_memory(config, model, transformer, tokens, transformer.config.dim, len(transformer.layers()) - 2)
+    blocks = len(transformer.layers()) - 2
+
+    def predict(changed: RunConfig) -> Memory:
+        return predict_memory(changed, model, transformer, tokens, transformer.config.dim, blocks)
+
+    memory = predict(config)
     total = len([t for group in samples.values() for t in group])
     lines = [
         f"model     {config.model.type} from {config.model.source}: "
@@ -121,6 +189,9 @@ def describe(
         f"processes {config.pipeline_stages} pipeline stage(s) x {replicas} replica(s)",
         f"memory    about {memory.total / GB:.2f} GB a process (weights {memory.weights / GB:.2f}, LoRA and optimizer "
         f"{memory.adapter / GB:.2f}, activations {memory.activations / GB:.2f})",
+        *([f"swapped   {memory.streamed} of {blocks} blocks take turns in two buffers on the device: {memory.host / GB:.2f} GB "
+           f"of host memory a process, {memory.copied / GB:.2f} GB copied for each micro-batch"] * bool(memory.streamed)),
+        *(f"memory    {line}" for line in advice(config, predict, blocks, machine)),
     ]
     return "\n".join(lines)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from models.checkpoint import Tensors, load_into, materialise
+from models.checkpoint import Tensors, load_into, materialise, trim_heap
 from models.float8 import FLOAT8, quantised, replace_linears
 from models.layers import PipelineLayer
 from models.lora_names import LoraNames
@@ -211,7 +211,7 @@ class I2VModel(ABC):
             swapped: so many blocks fewer shall be on the device (`models.streaming`); needs the whole chain of layers.
         """
         tensors, host = self.checkpoint.transformer_tensors(), HostMemory(device)
-        streamed = streamed_blocks(layers, swapped) if swapped else []
+        streamed = streamed_blocks(layers, swapped)
         for layer in layers:
             home = torch.device("cpu") if layer in streamed else device
             for attribute, origin in layer.origin.items():
@@ -219,6 +219,7 @@ class I2VModel(ABC):
                 self._load_part(part, origin, tensors.under(f"{origin}."), dtype, home, linears, layer not in streamed)
             if layer in streamed:
                 host.take(layer)
+                trim_heap()  # or it keeps the room of two blocks
         if streamed:
             host.serve()
 

@@ -491,6 +491,12 @@ def release_pages(mapped: Tensor) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
+def trim_heap() -> None:
+    """Give freed memory back to the system, holes between what is in use included, where the C library can (glibc)."""
+    if sys.platform.startswith("linux") and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(ctypes.c_size_t(0))
+
+
 def place(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Put a frozen tensor where a module has a parameter or buffer of that dotted name."""
     path, _, leaf = name.rpartition(".")

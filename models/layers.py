@@ -62,6 +62,16 @@ def calls_shown(module: nn.Module, total: int, description: str) -> Iterator[Non
             handle.remove()
 
 
+class TransformerBlock(nn.Module):
+    """One of the blocks that make up nearly all of a transformer.
+
+    Attributes:
+        streamed: set if the weights live in host memory; such a block always recomputes.
+    """
+
+    streamed: StreamedBlock | None = None
+
+
 class PipelineLayer(nn.Module):
     """One link of a transformer's chain: takes and returns a flat tuple of tensors.
 
@@ -71,22 +81,26 @@ class PipelineLayer(nn.Module):
     Attributes:
         origin: attribute name of each submodule -> its dotted name in the original checkpoint.
         recompute: recompute this layer's activations in backward instead of keeping them.
-        streamed: set if the weights live in host memory; such a layer always recomputes.
     """
 
     def __init__(self, origin: dict[str, str]) -> None:
         super().__init__()
         self.origin = origin
         self.recompute = False
-        self.streamed: StreamedBlock | None = None
 
-    def run(self, module: nn.Module, *arguments: Any) -> Tensor:
-        """`module(*arguments)`, its activations recomputed in backward if `recompute` says so."""
-        if self.streamed is not None:
-            return self.streamed.run(module, *arguments)
+    @property
+    def streamed(self) -> StreamedBlock | None:
+        """How this layer's block gets its weights, if they live in host memory."""
+        block = self._modules.get("block")
+        return block.streamed if isinstance(block, TransformerBlock) else None
+
+    def run(self, block: TransformerBlock, *arguments: Any) -> Tensor:
+        """`block(*arguments)`, its activations recomputed in backward if `recompute` says so."""
+        if block.streamed is not None:
+            return block.streamed.run(block, *arguments)
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(module, *arguments, use_reentrant=False)
-        return module(*arguments)
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return block(*arguments)
 
     def original_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters under the names that the original checkpoint gives them."""

@@ -44,10 +44,10 @@ def streamed_blocks(layers: Sequence[PipelineLayer], count: int) -> list[Pipelin
         UserError: the model has not so many blocks.
     """
     blocks = layers[1:-1]
-    if count > len(blocks) - BUFFERS:
+    if count > max(0, len(blocks) - BUFFERS):
         raise UserError(
             f"blocks_to_swap = {count}: the model has {len(blocks)} blocks, and two are on the device at any time; "
-            f"expected at most {len(blocks) - BUFFERS}. Lower blocks_to_swap."
+            f"expected at most {max(0, len(blocks) - BUFFERS)}. Lower blocks_to_swap."
         )
     wanted = count + BUFFERS if count else 0
     # From the end: the first block, whose input needs no gradient of its own, comes last.
@@ -104,7 +104,7 @@ class HostMemory:
             buffer = ring.buffers[number % BUFFERS].bytes
             for name, tensor, offset in list(_layout(layer)):
                 place(layer, name, buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
-            layer.streamed = StreamedBlock(ring, number)
+            layer.block.streamed = StreamedBlock(ring, number)
 
 
 def _layout(layer: PipelineLayer) -> Iterator[tuple[str, Tensor, int]]:
@@ -135,7 +135,6 @@ class _Buffer:
         self.ready = self.free = None
         if device.type == "cuda":
             self.ready, self.free = torch.cuda.Event(), torch.cuda.Event()
-            self.free.record()  # the memory may be one that kernels before still use
 
 
 class Ring:
@@ -159,8 +158,10 @@ class Ring:
 
     def acquire(self, number: int) -> None:
         """Lend a block its buffer, filled."""
-        buffer = self.buffers[number % BUFFERS]
+        if not self.copied:
+            self._begin()
         self._fetch(number)
+        buffer = self.buffers[number % BUFFERS]
         if buffer.lent:
             raise RuntimeError(f"streamed block {number} is already computing")
         buffer.lent = True
@@ -177,6 +178,13 @@ class Ring:
             buffer.free.record()
         if 0 <= following < len(self.blocks):
             self._fetch(following)
+
+    def _begin(self) -> None:
+        """Fill both buffers, after whatever used their memory before (a broadcast of all parameters to replicas, say)."""
+        for number, buffer in enumerate(self.buffers):
+            if buffer.free is not None:
+                buffer.free.record()
+            self._fetch(number)
 
     def _fetch(self, number: int) -> None:
         buffer = self.buffers[number % BUFFERS]
@@ -212,20 +220,20 @@ class Ring:
 
 
 class StreamedBlock:
-    """What a layer knows of its streamed weights."""
+    """What a block knows of its streamed weights."""
 
     def __init__(self, ring: Ring, number: int) -> None:
         self.ring, self.number = ring, number
 
-    def run(self, module: nn.Module, hidden: Tensor, *arguments: Any) -> Tensor:
-        """`module(hidden, *arguments)`, in training with its activations recomputed in backward."""
+    def run(self, block: nn.Module, hidden: Tensor, *arguments: Any) -> Tensor:
+        """`block(hidden, *arguments)`, in training with its activations recomputed in backward."""
         if not torch.is_grad_enabled():
             after = self.number + BUFFERS
             with self._lent(after if after < len(self.ring.blocks) else self.number % BUFFERS):
-                return module(hidden, *arguments)
+                return block(hidden, *arguments)
         hidden = _Entry.apply(hidden, self.ring.token, self)
         return checkpoint(
-            module, hidden, *arguments, use_reentrant=False,
+            block, hidden, *arguments, use_reentrant=False,
             context_fn=lambda: (self._lent(self.number + BUFFERS), self._lent_until_entry()),
         )
 

@@ -23,6 +23,7 @@ from models.layers import (
     Float32Linear,
     PipelineLayer,
     RMSNorm,
+    TransformerBlock,
     attention,
     freeze,
     rope_table,
@@ -202,7 +203,7 @@ class Modulation(nn.Module):
         return TokenModulation(self.project(vector), self.project(clean), preserved.unsqueeze(-1))
 
 
-class DoubleBlock(nn.Module):
+class DoubleBlock(TransformerBlock):
     """Image and text with weights of their own, attending jointly (original `MMDoubleStreamBlock`)."""
 
     def __init__(self, config: HunyuanConfig) -> None:
@@ -256,7 +257,7 @@ class DoubleBlock(nn.Module):
         return qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
 
 
-class SingleBlock(nn.Module):
+class SingleBlock(TransformerBlock):
     """Attention and feed-forward side by side over all tokens (original `MMSingleStreamBlock`)."""
 
     def __init__(self, config: HunyuanConfig) -> None:

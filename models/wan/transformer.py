@@ -18,6 +18,7 @@ from models.layers import (
     Float32Linear,
     PipelineLayer,
     RMSNorm,
+    TransformerBlock,
     attention,
     freeze,
     rope_table,
@@ -85,7 +86,7 @@ class FeedForward(nn.Sequential):
         )
 
 
-class Block(nn.Module):
+class Block(TransformerBlock):
     """Self-attention, cross-attention and feed-forward, the first and last modulated by the timestep."""
 
     def __init__(self, config: WanConfig) -> None:
