@@ -50,7 +50,8 @@ def test_the_example_runs(examples, tiny_wan, tiny_hunyuan, path):
     values = tomllib.loads(config_path.read_text())
     stages = values.get("stage", [])
     checkpoint = {"wan": tiny_wan, "hunyuan-video": tiny_hunyuan["token_replace"]}[values["model"]["type"]]
-    overrides = [*SMALL, f"model.ckpt_path={checkpoint}", *(f"stage.{index}.steps=1" for index in range(len(stages)))]
+    swap = ["blocks_to_swap=2"] * ("blocks_to_swap" in values)  # the tiny model has four blocks
+    overrides = [*SMALL, *swap, f"model.ckpt_path={checkpoint}", *(f"stage.{index}.steps=1" for index in range(len(stages)))]
     config = load_config(config_path, overrides)
     launch.train(config)
     out = launch.edit(config, None, None)

@@ -326,6 +326,22 @@ def test_blocks_larger_than_one_host_allocation(open_model, monkeypatch):
     assert_equal(train_and_sample(model, layers, torch.bfloat16), expected)
 
 
+def test_host_memory_that_cannot_be_page_locked_is_told_once(open_model, caplog):
+    """Without a GPU nothing can be: the refusal is a warning, and the weights lie in ordinary memory."""
+    model = open_model("wan")
+    layers = model.build_transformer().layers()
+    model.load_weights(layers, torch.float32, CPU)
+    expected = torch.cat([parameter.flatten() for parameter in layers[1].parameters()])
+    host = streaming.HostMemory(torch.device("cuda"))
+    for layer in layers[1:4]:
+        host.take(layer)
+    assert [record.message[:14] for record in caplog.records] == ["blocks_to_swap"]
+    assert "0.0 GB of host memory and no more" in caplog.text
+    held = torch.cat(host.blocks[0]).view(torch.float32)
+    assert set(expected.tolist()) <= set(held.tolist())
+    assert all(parameter.is_meta for parameter in layers[1].parameters())
+
+
 def test_a_lora_that_changes_norms_and_biases_reaches_the_host(open_model):
     """As step-distilled LoRAs do; both passes are equal, so the weights that come again have the change."""
     model = open_model("wan")
