@@ -4,7 +4,8 @@ Streamed block k computes in buffer k % 2; its parameters are views of that buff
 change. A block is lent its buffer while it computes: in the forward pass, then from its recomputation to the end of its
 backward. A buffer that comes back is refilled at once with the block that needs it next, on a copy stream of its own,
 while the other one computes. Weights never travel back. Where both passes turn, the buffers hold what is needed, so
-with N + 2 streamed blocks a training step copies N blocks forward and N backward for each micro-batch.
+with N + 2 streamed blocks a training step copies N blocks forward and N backward for each micro-batch. At the end of a
+pass no copy is under way: what was fetched was used, so the buffers may be freed like any memory.
 
 Ordering on a GPU is by two events a buffer and nothing else: `ready` (filled) and `free` (no kernel reads it any more).
 """
@@ -148,7 +149,7 @@ class Ring:
     """
 
     def __init__(self, blocks: Sequence[Sequence[Tensor]], device: torch.device) -> None:
-        self.blocks = blocks
+        self.blocks, self.device = blocks, device
         size = max(sum(len(piece) for piece in pieces) for pieces in blocks)
         self.buffers = [_Buffer(size, device) for _ in range(BUFFERS)]
         self.copied = 0
@@ -158,15 +159,15 @@ class Ring:
 
     def acquire(self, number: int) -> None:
         """Lend a block its buffer, filled."""
-        if not self.copied:
-            self._begin()
+        if number == 0:
+            self._fill()
         self._fetch(number)
         buffer = self.buffers[number % BUFFERS]
         if buffer.lent:
             raise RuntimeError(f"streamed block {number} is already computing")
         buffer.lent = True
         if buffer.ready is not None:
-            torch.cuda.current_stream().wait_event(buffer.ready)
+            torch.cuda.current_stream(self.device).wait_event(buffer.ready)
 
     def release(self, number: int, following: int) -> None:
         """Take a block's buffer back and refill it with block `following`, if there is one of that number."""
@@ -175,15 +176,13 @@ class Ring:
             raise RuntimeError(f"streamed block {number} gives back a buffer that it was not lent")
         buffer.lent = False
         if buffer.free is not None:
-            buffer.free.record()
+            buffer.free.record(torch.cuda.current_stream(self.device))
         if 0 <= following < len(self.blocks):
             self._fetch(following)
 
-    def _begin(self) -> None:
-        """Fill both buffers, after whatever used their memory before (a broadcast of all parameters to replicas, say)."""
-        for number, buffer in enumerate(self.buffers):
-            if buffer.free is not None:
-                buffer.free.record()
+    def _fill(self) -> None:
+        """Fetch the first blocks of a forward pass; at the end of a backward pass they are there already."""
+        for number in range(BUFFERS):
             self._fetch(number)
 
     def _fetch(self, number: int) -> None:
@@ -192,11 +191,11 @@ class Ring:
             return
         if buffer.lent:
             raise RuntimeError(f"streamed block {number} would overwrite block {buffer.holds} while it computes")
-        buffer.holds = number
         with self._copying(buffer):
             for piece, part in self._parts(number):
                 part.copy_(piece, non_blocking=True)
                 self.copied += len(piece)
+        buffer.holds = number
 
     def _parts(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         """A block's pieces on the host and their places on the device."""
@@ -208,6 +207,8 @@ class Ring:
         if self._copies is None:
             yield
             return
+        if buffer.holds is None:  # after whatever used its memory before: kernels, a broadcast of all parameters
+            buffer.free.record(torch.cuda.current_stream(self.device))
         self._copies.wait_event(buffer.free)
         with torch.cuda.stream(self._copies):
             yield
@@ -228,8 +229,7 @@ class StreamedBlock:
     def run(self, block: nn.Module, hidden: Tensor, *arguments: Any) -> Tensor:
         """`block(hidden, *arguments)`, in training with its activations recomputed in backward."""
         if not torch.is_grad_enabled():
-            after = self.number + BUFFERS
-            with self._lent(after if after < len(self.ring.blocks) else self.number % BUFFERS):
+            with self._lent(self.number + BUFFERS):
                 return block(hidden, *arguments)
         hidden = _Entry.apply(hidden, self.ring.token, self)
         return checkpoint(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
-from contextlib import contextmanager
+from collections import Counter
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,7 +150,7 @@ def late_and_spoiled(monkeypatch):
 
     monkeypatch.setattr(Ring, "release", release)
     monkeypatch.setattr(Ring, "__init__", init)
-    monkeypatch.setattr(Ring, "_begin", lambda _self: None)
+    monkeypatch.setattr(Ring, "_fill", lambda _self: None)
 
 
 @pytest.mark.parametrize("storage", ["fp32", "fp8"])
@@ -195,8 +196,78 @@ def test_a_wrong_schedule_is_an_error_and_not_a_wrong_gradient(open_model, monke
         loss.backward()
 
 
+class Clock:
+    """A CUDA stream as documented: its work runs in order, and after all that led to the events it waited for."""
+
+    def __init__(self, name):
+        self.name, self.seen = name, Counter()
+
+    def tick(self):
+        self.seen[self.name] += 1
+        return self.seen[self.name]
+
+    def wait_event(self, event):
+        self.seen |= event.seen
+
+
+class Moment:
+    """A CUDA event: what its stream had done when it was recorded; waiting for one never recorded does nothing."""
+
+    seen = Counter()
+
+    def record(self, stream):
+        stream.tick()
+        self.seen = Counter(stream.seen)
+
+
+@pytest.mark.parametrize("broken", ["", "computing does not wait", "copies do not wait"])
+def test_events_order_copies_and_computing(open_model, monkeypatch, broken):
+    """The code for GPUs on a model of streams and events: each copy comes after the last use of the bytes under it, each
+    use after the copy. Without the one or the other wait it does not, so the check can fail."""
+    computing, copies, current = Clock("computing"), Clock("copies"), []
+    filled, used = [0] * BUFFERS, [0] * BUFFERS
+    real_acquire, real_release, real_parts = Ring.acquire, Ring.release, Ring._parts
+
+    def acquire(ring, number):
+        real_acquire(ring, number)
+        assert computing.seen["copies"] >= filled[number % BUFFERS] > 0
+
+    def release(ring, number, following):
+        used[number % BUFFERS] = computing.tick()
+        real_release(ring, number, following)
+
+    def parts(ring, number):
+        assert current == [copies]
+        assert copies.seen["computing"] >= used[number % BUFFERS]
+        filled[number % BUFFERS] = copies.tick()
+        return real_parts(ring, number)
+
+    @contextmanager
+    def stream(which):
+        current.append(which)
+        yield
+        current.remove(which)
+
+    for name, wrapped in (("acquire", acquire), ("release", release), ("_parts", parts)):
+        monkeypatch.setattr(Ring, name, wrapped)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: computing)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    if broken:
+        monkeypatch.setattr(copies if "copies" in broken else computing, "wait_event", lambda _event: None)
+    model = open_model("wan")
+    layers = build(model, 2)
+    ring = ring_of(layers)
+    ring._copies = copies
+    for buffer in ring.buffers:
+        buffer.ready, buffer.free = Moment(), Moment()
+    used[:] = [computing.tick()] * BUFFERS  # the memory's former user
+    with pytest.raises(AssertionError, match=">=") if broken else nullcontext():
+        train_and_sample(model, layers)
+    assert broken or copies.seen["copies"] > 20
+
+
 def test_the_copies_are_those_of_the_documentation(seven_blocks, monkeypatch):
-    """blocks_to_swap = 3 of 7: five blocks are streamed; 3 forward, 3 backward for each micro-batch, 5 for a pass alone."""
+    """blocks_to_swap = 3 of 7 streams five blocks: 3 forward and 3 backward for each micro-batch, 5 for a pass alone."""
     model = WanI2V(WanCheckpoint.open(seven_blocks), CPU)
     layers = build(model, 3)
     ring, copies = ring_of(layers), []
@@ -220,9 +291,9 @@ def test_the_copies_are_those_of_the_documentation(seven_blocks, monkeypatch):
 
     assert copied(micro_batch) == [0, 1, 2, 3, 4, 2, 1, 0]
     assert copied(micro_batch) == copied(micro_batch) == [2, 3, 4, 2, 1, 0]
-    assert copied(alone) == [2, 3, 4, 1, 0]
-    assert copied(alone) == [2, 3, 4, 1, 0]
-    assert copied(micro_batch) == [2, 3, 4, 2, 1, 0]
+    assert copied(alone) == [2, 3, 4]
+    assert copied(alone) == copied(alone) == [0, 1, 2, 3, 4]
+    assert copied(micro_batch) == [0, 1, 2, 3, 4, 2, 1, 0]
 
 
 def test_so_many_blocks_fewer_stay_on_the_device(seven_blocks):
