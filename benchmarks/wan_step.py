@@ -22,6 +22,7 @@ from loraedit_ext.flow import TimestepSampler
 from loraedit_ext.objective import Objective
 from loraedit_ext.pipeline import Engine, distributed
 from models.layers import PipelineLayer
+from models.streaming import HostMemory, streamed_blocks
 from models.wan.config import WanConfig
 from models.wan.wrapper import WanI2V
 
@@ -44,32 +45,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="a tiny model and clip")
     parser.add_argument("--steps", type=int, default=4, help="measured steps, after one to warm up")
+    parser.add_argument("--swap", type=int, default=0, help="blocks_to_swap; then rows without recomputation are left out")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     options = parser.parse_args()
     config = SMALL if options.small else WanConfig.i2v_14b()
     cases = [Case(13, 128, 128, True), Case(13, 128, 128, False)] if options.small else [
         Case(13, 832, 480, True), Case(49, 832, 480, True)
     ]  # fmt: skip
+    cases = [case for case in cases if case.recompute or not options.swap]
     with distributed() as world:
         peak = matmul_rate(world.device, getattr(torch, options.dtype))
         print(f"{device_name(world.device)}, torch {torch.__version__}, {options.dtype}; "
               f"matrix products alone: {peak / 1e12:.1f} TFLOP/s\n")
         print("| frames | size | recompute | s/step | peak GB | TFLOP/s needed | share |\n|---|---|---|---|---|---|---|")
         for case in cases:
-            seconds, memory = measure(config, case, options.steps, getattr(torch, options.dtype), world.device)
+            seconds, memory = measure(config, case, options.steps, getattr(torch, options.dtype), world.device, options.swap)
             rate = needed_flops(config, case) / seconds
             print(f"| {case.frames} | {case.width}x{case.height} | {'yes' if case.recompute else 'no'} | {seconds:.2f} | "
                   f"{f'{memory:.1f}' if memory else 'not counted'} | {rate / 1e12:.2f} | {rate / peak:.0%} |", flush=True)
 
 
 def measure(
-    config: WanConfig, case: Case, steps: int, dtype: torch.dtype, device: torch.device
+    config: WanConfig, case: Case, steps: int, dtype: torch.dtype, device: torch.device, swapped: int
 ) -> tuple[float, float]:
     """Seconds per step and peak memory in GB of the trainer's engine on one random sample."""
     model = WanI2V(SimpleNamespace(config=config), device)
     transformer = model.build_transformer()
     layers = transformer.layers()
-    fill(layers, dtype, device)
+    fill(layers, dtype, device, swapped)
     lora.inject(transformer, model, AdapterSettings())
     lora.initialise(layers, 0, device)
     optimizer = torch.optim.AdamW(lora.trainable(layers).values(), lr=1e-4)
@@ -95,15 +98,20 @@ def measure(
 
 
 @torch.no_grad()
-def fill(layers: list[PipelineLayer], dtype: torch.dtype, device: torch.device) -> None:
-    """Random weights in place of the meta ones, in the storage dtypes that the loader uses."""
+def fill(layers: list[PipelineLayer], dtype: torch.dtype, device: torch.device, swapped: int) -> None:
+    """Random weights in place of the meta ones, in the storage dtypes that the loader uses, and where it has them."""
+    streamed, host = streamed_blocks(layers, swapped), HostMemory(device)
     for layer in layers:
+        home = torch.device("cpu") if layer in streamed else device
         for module in layer.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 kept = name == "modulation" or "Norm" in type(module).__name__
-                value = torch.empty(parameter.shape, dtype=torch.float32 if kept else dtype, device=device)
+                value = torch.empty(parameter.shape, dtype=torch.float32 if kept else dtype, device=home)
                 value = torch.ones_like(value) if "Norm" in type(module).__name__ else value.normal_(std=0.02)
                 setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
+        if layer in streamed:
+            host.take(layer)
+    host.serve()
 
 
 def random_sample(model: WanI2V, config: WanConfig, case: Case) -> EncodedTriple:

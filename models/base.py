@@ -220,8 +220,7 @@ class I2VModel(ABC):
             if layer in streamed:
                 host.take(layer)
                 trim_heap()  # or it keeps the room of two blocks
-        if streamed:
-            host.serve()
+        host.serve()
 
     def _load_part(
         self, module: nn.Module, origin: str, tensors: Tensors, dtype: torch.dtype, device: torch.device,

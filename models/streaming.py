@@ -100,6 +100,8 @@ class HostMemory:
 
     def serve(self) -> None:
         """Put the buffers on the device and the layers' parameters into them; from here on the layers can run."""
+        if not self.layers:
+            return
         ring = Ring(self.blocks, self.device)
         for number, layer in enumerate(self.layers):
             buffer = ring.buffers[number % BUFFERS].bytes
