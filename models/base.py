@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.progress import stepping
 from models.checkpoint import Tensors, load_into, materialise, trim_heap
 from models.float8 import FLOAT8, quantised, replace_linears
 from models.layers import PipelineLayer
@@ -212,7 +213,7 @@ class I2VModel(ABC):
         """
         tensors, host = self.checkpoint.transformer_tensors(), HostMemory(device)
         streamed = streamed_blocks(layers, swapped)
-        for layer in layers:
+        for layer in stepping(layers, "loading transformer", unit="layer"):
             home = torch.device("cpu") if layer in streamed else device
             for attribute, origin in layer.origin.items():
                 part = getattr(layer, attribute)

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.progress import brief
 
 logger = logging.getLogger(__name__)
 
@@ -414,10 +415,13 @@ def load_into(
     """
     tensors.check(slots(module))
     _check_floating(module, tensors)
-    for name, entry in tensors.entries.items():
-        example = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
-        dtype = dtype_of(name, example) if dtype_of else entry.dtype
-        place(module, name, materialise(entry, dtype, torch.device(device), mapped))
+    total = sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in tensors.entries.values())
+    with brief(total, f"loading {tensors.where.name}", unit="B", unit_scale=True) as bar:
+        for name, entry in tensors.entries.items():
+            example = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+            dtype = dtype_of(name, example) if dtype_of else entry.dtype
+            place(module, name, materialise(entry, dtype, torch.device(device), mapped))
+            bar.update(example.nbytes)
 
 
 def _check_floating(module: nn.Module, tensors: Tensors) -> None:

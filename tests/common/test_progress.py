@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from models.hunyuan.checkpoint import HunyuanCheckpoint
 from models.layers import calls_shown
 from models.shards import Planned, write_shards
 from models.wan.checkpoint import WanCheckpoint
+from models.wan.wrapper import WanI2V
 
 FRAMES = np.zeros((5, 16, 16, 3), np.uint8)
 
@@ -90,6 +92,17 @@ def test_calls_of_a_module_are_counted_and_its_output_left_alone(monkeypatch: py
     assert torch.equal(outputs[0], module(torch.ones(1, 2)))
     assert "3/3" in last(terminal, "calling")
     assert not module._forward_hooks
+
+
+def test_weights_are_loaded_behind_bars(monkeypatch: pytest.MonkeyPatch, tiny_wan: Path) -> None:
+    terminal = open_terminal(monkeypatch)
+    checkpoint = WanCheckpoint.open(tiny_wan)
+    checkpoint.load_vae("cpu")
+    assert re.search(r"[1-9]\d?%.*k/\d+k", last(terminal, "loading Wan2.1_VAE.pth"))  # the last small ones may share a state
+    model = WanI2V(checkpoint, torch.device("cpu"))
+    layers = model.build_transformer().layers()
+    model.load_weights(layers, torch.float32, torch.device("cpu"))
+    assert f"{len(layers)}/{len(layers)}" in last(terminal, "loading transformer")
 
 
 def test_wans_vae_counts_what_the_library_does(monkeypatch: pytest.MonkeyPatch, tiny_wan: Path) -> None:
