@@ -23,6 +23,7 @@ from models.wan.checkpoint import WanCheckpoint
 from models.wan.encoders import WanImageEncoder, WanTextEncoder, WanVAE
 from models.wan.transformer import WanTransformer
 from pretraining import clips, loop
+from pretraining.sensitivity import channel_weights
 from pretraining.transformer import SHIFT, conditioning
 from pretraining.vae import psnr
 
@@ -89,17 +90,22 @@ def reconstruction(model: TinyModel, count: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def validation_loss(model: TinyModel, count: int) -> float:
-    """Flow-matching loss on held-out clips, noise levels evenly spread over the training distribution's range."""
+def validation_loss(model: TinyModel, count: int) -> dict[str, float]:
+    """Flow-matching loss on held-out clips, noise levels evenly spread over the training distribution's range.
+
+    With all latent channels alike, and weighed by their part in the picture as in training.
+    """
+    weights = channel_weights(model.vae.model)
     levels = flow.apply_shift(torch.linspace(0.02, 0.98, count), SHIFT)
     noise = torch.Generator().manual_seed(5)
-    total = 0.0
+    plain = weighted = 0.0
     for (scene, video), t in zip(held_out(count), levels, strict=True):
         x = model.vae.encode(video[None])
         eps = torch.randn(x.shape, generator=noise).to(x)
         predicted = model.predict(flow.add_noise(x, eps, t.reshape(1).to(x)), t, model.context(video, caption(scene)))
-        total += flow.loss(predicted, flow.velocity(x, eps)).item()
-    return round(total / count, 4)
+        plain += flow.loss(predicted, flow.velocity(x, eps)).item()
+        weighted += flow.loss(predicted, flow.velocity(x, eps), weights).item()
+    return {"transformer_loss": round(plain / count, 4), "transformer_weighted_loss": round(weighted / count, 4)}
 
 
 def sheet(rows: list[list[Tensor]], path: Path, every: int = 3, zoom: int = 2) -> None:
@@ -141,8 +147,8 @@ def main() -> None:
     loop.one_thread(options.device)
     model = TinyModel(options.checkpoint, options.device)
     draw(model, options.out, options.rows, options.guidance)
-    metrics = {"clips": options.clips, **reconstruction(model, options.clips)}
-    metrics["transformer_validation_loss"] = validation_loss(model, options.clips)
+    metrics: dict[str, float] = {"clips": options.clips, **reconstruction(model, options.clips)}
+    metrics |= validation_loss(model, options.clips)
     write_json_atomic(options.out / "metrics.json", metrics)
     print(json.dumps(metrics))
 

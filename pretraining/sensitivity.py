@@ -13,6 +13,7 @@ _SHARD = 10**9  # of scenes to measure on; no pool grows so large
 _CLIPS = 8
 
 
+@torch.enable_grad()
 def sensitivity(vae: AutoencoderKLWan, videos: Tensor) -> Tensor:
     """Squared change of the video per squared change of each latent channel, (channels,).
 
