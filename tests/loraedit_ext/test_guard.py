@@ -9,11 +9,11 @@ Broken on purpose, one at a time, all in dB (still / panning task; whole: what i
 
 | broken | what failed | whole | broken |
 |---|---|---|---|
-| polarity: `masks.from_grey` takes black for edit | motion, nearer to edit than source | 0.4 / 1.1 | -10.6 / -11.3 |
-| packing: `masks.wan_channels` mixes up frames and channels | naive, background | 39.3 / 38.0 | 35.7 / 33.4 |
-| normalisation: `WanVAE.encode` returns latents as they are | appearance, background | 35.1 / 35.7 | 17.4 / 18.1 |
-| scheduler shift: `flow.inference_sigmas` leaves it out | appearance, background | 35.1 / 35.7 | 34.6 / 34.7 |
-| LoRA scale: `lora.save` leaves alpha / rank out | appearance, background | 35.1 / 35.7 | 24.6 / 23.1 |
+| polarity: `masks.from_grey` takes black for edit | motion, nearer to edit than source | 2.0 / 0.4 | -11.1 / -10.6 |
+| packing: `masks.wan_channels` mixes up frames and channels | naive, background | 39.4 / 38.8 | 35.9 / 35.7 |
+| normalisation: `WanVAE.encode` returns latents as they are | appearance, background | 36.2 / 36.1 | 17.1 / 17.8 |
+| scheduler shift: `flow.inference_sigmas` leaves it out | appearance, background | 36.2 / 36.1 | 35.8 / 35.6 |
+| LoRA scale: `lora.save` leaves alpha / rank out | appearance, background | 36.2 / 36.1 | 25.1 / 26.1 |
 """
 
 from __future__ import annotations
