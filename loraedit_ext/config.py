@@ -24,6 +24,8 @@ from loraedit_ext.regimes import EditCondition, Regime
 DType = Literal["float32", "bfloat16"]
 StorageDType = Literal["float32", "bfloat16", "float8"]
 Family = Literal["wan", "hunyuan-video"]
+OFFLOAD = "offload"
+"""Value of `activation_checkpointing`, beside true and false."""
 
 FAMILY_DEFAULTS: dict[Family, dict[str, dict[str, Any]]] = {
     "wan": {},
@@ -277,9 +279,9 @@ class RunConfig(Settings):
     def _offload(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
         """diffusion-pipe's word becomes ours."""
         try:
-            return validate("offload" if value == "unsloth" else value)
+            return validate(OFFLOAD if value == "unsloth" else value)
         except ValidationError as error:
-            raise ValueError("expected true, false or 'offload'") from error
+            raise ValueError(f"expected true, false or '{OFFLOAD}'") from error
 
     @model_validator(mode="before")
     @classmethod
