@@ -10,18 +10,19 @@ from __future__ import annotations
 import argparse
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
 
 from dataset.triple import EncodedTriple
 from loraedit_ext import lora
-from loraedit_ext.config import AdapterSettings
+from loraedit_ext.config import OFFLOAD, AdapterSettings
 from loraedit_ext.flow import TimestepSampler
 from loraedit_ext.objective import Objective
 from loraedit_ext.pipeline import Engine, distributed
 from models.layers import PipelineLayer
+from models.offload import HostInputs
 from models.streaming import HostMemory, streamed_blocks
 from models.wan.config import WanConfig
 from models.wan.wrapper import WanI2V
@@ -38,6 +39,13 @@ class Case:
     width: int
     height: int
     recompute: bool
+    offload: bool = False
+    """Keep the blocks' inputs in host memory until they are recomputed."""
+
+    @property
+    def checkpointing(self) -> str:
+        """As `activation_checkpointing` has it."""
+        return OFFLOAD if self.offload else str(self.recompute).lower()
 
 
 def main() -> None:
@@ -46,6 +54,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a tiny model and clip")
     parser.add_argument("--steps", type=int, default=4, help="measured steps, after one to warm up")
     parser.add_argument("--swap", type=int, default=0, help="blocks_to_swap; then rows without recomputation are left out")
+    parser.add_argument("--offload", action="store_true", help="each row with recomputation also with its inputs offloaded")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     options = parser.parse_args()
     config = SMALL if options.small else WanConfig.i2v_14b()
@@ -53,15 +62,16 @@ def main() -> None:
         Case(13, 832, 480, True), Case(49, 832, 480, True)
     ]  # fmt: skip
     cases = [case for case in cases if case.recompute or not options.swap]
+    cases += [replace(case, offload=True) for case in cases if case.recompute and options.offload]
     with distributed() as world:
         peak = matmul_rate(world.device, getattr(torch, options.dtype))
         print(f"{device_name(world.device)}, torch {torch.__version__}, {options.dtype}; "
               f"matrix products alone: {peak / 1e12:.1f} TFLOP/s\n")
-        print("| frames | size | recompute | s/step | peak GB | TFLOP/s needed | share |\n|---|---|---|---|---|---|---|")
+        print("| frames | size | checkpointing | s/step | peak GB | TFLOP/s needed | share |\n|---|---|---|---|---|---|---|")
         for case in cases:
             seconds, memory = measure(config, case, options.steps, getattr(torch, options.dtype), world.device, options.swap)
             rate = needed_flops(config, case) / seconds
-            print(f"| {case.frames} | {case.width}x{case.height} | {'yes' if case.recompute else 'no'} | {seconds:.2f} | "
+            print(f"| {case.frames} | {case.width}x{case.height} | {case.checkpointing} | {seconds:.2f} | "
                   f"{f'{memory:.1f}' if memory else 'not counted'} | {rate / 1e12:.2f} | {rate / peak:.0%} |", flush=True)
 
 
@@ -76,8 +86,9 @@ def measure(
     lora.inject(transformer, model, AdapterSettings())
     lora.initialise(layers, 0, device)
     optimizer = torch.optim.AdamW(lora.trainable(layers).values(), lr=1e-4)
+    inputs = HostInputs(device) if case.offload else None
     for layer in layers:
-        layer.recompute = case.recompute
+        layer.recompute, layer.inputs = case.recompute, inputs
     engine = Engine(layers, [0, len(layers)], optimizer, Objective.loss, 1, 1, dtype)
     objective = Objective(model, TimestepSampler(), 0, False)
     sample = random_sample(model, config, case)

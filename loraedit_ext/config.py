@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator
 
 from common.errors import UserError
 from common.settings import Settings, load_settings, read_toml
@@ -24,6 +24,8 @@ from loraedit_ext.regimes import EditCondition, Regime
 DType = Literal["float32", "bfloat16"]
 StorageDType = Literal["float32", "bfloat16", "float8"]
 Family = Literal["wan", "hunyuan-video"]
+OFFLOAD = "offload"
+"""Value of `activation_checkpointing`, beside true and false."""
 
 FAMILY_DEFAULTS: dict[Family, dict[str, dict[str, Any]]] = {
     "wan": {},
@@ -249,8 +251,9 @@ class RunConfig(Settings):
     partition_method: Literal["uniform", "parameters", "manual"] = "parameters"
     """How layers are split over pipeline stages; `manual` reads `partition_split`."""
     partition_split: list[int] = []
-    activation_checkpointing: bool = True
-    """Recompute each block in backward instead of keeping its activations."""
+    activation_checkpointing: bool | Literal["offload"] = True
+    """Recompute each block in backward instead of keeping its activations. `offload`: what that needs, the blocks' inputs,
+    waits in host memory; diffusion-pipe's `unsloth` means the same. See docs/memory.md."""
     blocks_to_swap: int = Field(0, ge=0)
     """So many transformer blocks fewer on the GPU, at most all but two: weights wait in host memory and are copied over
     just before they are needed. For training and editing; see docs/memory.md."""
@@ -270,6 +273,15 @@ class RunConfig(Settings):
     logging_steps: int = Field(1, ge=1)
     resume_from_checkpoint: bool | str = False
     """True: the newest run in `output_dir`; a name: that run folder."""
+
+    @field_validator("activation_checkpointing", mode="wrap")
+    @classmethod
+    def _offload(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        """diffusion-pipe's word becomes ours."""
+        try:
+            return validate(OFFLOAD if value == "unsloth" else value)
+        except ValidationError as error:
+            raise ValueError(f"expected true, false or '{OFFLOAD}'") from error
 
     @model_validator(mode="before")
     @classmethod
@@ -305,8 +317,8 @@ class RunConfig(Settings):
             )
         if self.blocks_to_swap and not self.activation_checkpointing:
             raise ValueError(
-                f"blocks_to_swap = {self.blocks_to_swap} needs activation_checkpointing = true: a block's weights come "
-                "again when it is recomputed in backward"
+                f"blocks_to_swap = {self.blocks_to_swap} needs activation_checkpointing = true or 'offload': a block's "
+                "weights come again when it is recomputed in backward"
             )
         if self.early_stop_patience and not self.eval_every_n_steps:
             raise ValueError("early_stop_patience counts evaluations; set eval_every_n_steps too")

@@ -130,7 +130,7 @@ def pinned_memory() -> Iterator[Finding]:
     except RuntimeError as error:
         got = len(pieces) * _PROBE_PIECE / GB
         yield Finding("note", "pinned", f"the system gives {got:.1f} of {goal / GB:.1f} GB ({str(error).splitlines()[0]})",
-                      "blocks_to_swap copies more slowly without it. Raise `ulimit -l`; under WSL2 raise memory= in "
+                      "blocks_to_swap and offload copy more slowly without it. Raise `ulimit -l`; under WSL2 raise memory= in "
                       ".wslconfig; containers need --ulimit memlock=-1.")
         return
     yield Finding("ok", "pinned", f"at least {len(pieces) * _PROBE_PIECE / GB:.1f} GB can be page-locked")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,14 +14,15 @@ from common.errors import UserError
 from dataset.job import EditJob
 from dataset.triple import Triple
 from loraedit_ext import regimes
-from loraedit_ext.config import RunConfig, StageSettings
+from loraedit_ext.config import OFFLOAD, RunConfig, StageSettings
 from models.base import I2VModel
 from models.layers import PipelineLayer
+from models.offload import ON_DEVICE
 from models.streaming import BUFFERS, streamed_blocks
 
 GB = 1e9
-CHECKPOINTED_ROWS = 2.0
-"""fp32 block input kept per token and block, in rows of width x 2 bytes."""
+INPUT_BYTES = 4
+"""Of a block's input, the fp32 residual stream, per token and channel."""
 KEPT_ROWS = 28.7
 """Rows kept per token and block without activation checkpointing (benchmarks/activations.md)."""
 WORKING_ROWS = 36.1
@@ -69,11 +71,20 @@ class Memory:
     streamed: int = 0
     """Blocks that `blocks_to_swap` streams."""
     copied: float = 0.0
-    """Bytes that go to the device for each micro-batch of a training step."""
+    """Bytes of them that go to the device for each micro-batch of a training step."""
+    inputs: float = 0.0
+    """Host memory of blocks' inputs that wait for their recomputation."""
+    offloaded: float = 0.0
+    """Bytes of them that leave the device for each micro-batch; all but the last two come back."""
 
     @property
     def total(self) -> float:
         return self.weights + self.adapter + self.activations
+
+    @property
+    def on_host(self) -> float:
+        """Host memory beside what any run takes."""
+        return self.host + self.inputs
 
 
 def predict_memory(
@@ -95,15 +106,33 @@ def predict_memory(
     trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     compute = torch.finfo(getattr(torch, config.model.dtype)).bits // 8
     row = tokens * width * compute * config.micro_batch_size_per_gpu
-    kept = CHECKPOINTED_ROWS if config.activation_checkpointing else KEPT_ROWS
-    in_flight = min(config.pipeline_stages, config.gradient_accumulation_steps)
     share = 1 / config.pipeline_stages
+    kept, inputs, offloaded = _kept(config, row, tokens * width * INPUT_BYTES * config.micro_batch_size_per_gpu, blocks)
     return Memory(
         weights=frozen * share,
         adapter=trained * OPTIMIZER_BYTES * share,
-        activations=row * (kept * blocks * share * in_flight + WORKING_ROWS),
+        activations=kept + row * WORKING_ROWS,
         host=sum(sizes), streamed=len(sizes), copied=sum(sizes[BUFFERS:]) + sum(sizes[:-BUFFERS]),
+        inputs=inputs, offloaded=offloaded,
     )
+
+
+def _kept(config: RunConfig, row: float, size: float, blocks: int) -> tuple[float, float, float]:
+    """Bytes kept between forward and backward on the device and on the host, and those offloaded for each micro-batch.
+
+    Args:
+        row: bytes of one activation of the model's width in the compute dtype.
+        size: bytes of a block's input.
+    """
+    stages = config.pipeline_stages
+    in_flight = min(stages, config.gradient_accumulation_steps)
+    held = blocks / stages * in_flight
+    if not config.activation_checkpointing:
+        return row * KEPT_ROWS * held, 0.0, 0.0
+    if config.activation_checkpointing != OFFLOAD:
+        return size * held, 0.0, 0.0
+    bounds = 2 * in_flight if stages > 1 else 0  # DeepSpeed holds what a stage got and what it sent on
+    return size * min(ON_DEVICE + bounds, held), size * held, size * blocks / stages
 
 
 def _frozen_bytes(layer: PipelineLayer, config: RunConfig, model: I2VModel) -> int:
@@ -130,17 +159,18 @@ def advice(config: RunConfig, predict: Callable[[RunConfig], Memory], blocks: in
         blocks: of the transformer.
     """
     memory = predict(config)
-    if machine.host is not None and memory.host > machine.host:
-        yield (f"blocks_to_swap = {config.blocks_to_swap} needs {memory.host / GB:.1f} GB of host memory a process, "
-               f"{machine.host / GB:.1f} GB are available: lower it, or set model.transformer_dtype = 'float8'")
+    if machine.host is not None and memory.on_host > machine.host:
+        yield _host_advice(config, memory, machine.host)
     if machine.device is None or memory.total <= HEADROOM * machine.device:
         return
     yield f"will not fit: the device has {machine.device / GB:.1f} GB, of which {HEADROOM:.0%} can be used; what helps:"
     if not config.activation_checkpointing:
-        yield "- activation_checkpointing = true"
-    elif config.pipeline_stages > 1:
+        yield f"- activation_checkpointing = true: {_needs(predict(_with(config, activation_checkpointing=True)))}"
+    if config.activation_checkpointing != OFFLOAD:
+        yield f"- activation_checkpointing = '{OFFLOAD}': {_needs(predict(_with(config, activation_checkpointing=OFFLOAD)))}"
+    if config.pipeline_stages > 1:
         yield "- more pipeline_stages (blocks_to_swap needs one)"
-    else:
+    elif config.activation_checkpointing:
         yield _swap_advice(config, predict, blocks, machine.device)
     if config.model.transformer_dtype != "float8":
         yield "- model.transformer_dtype = 'float8'"
@@ -148,12 +178,36 @@ def advice(config: RunConfig, predict: Callable[[RunConfig], Memory], blocks: in
 
 
 def _swap_advice(config: RunConfig, predict: Callable[[RunConfig], Memory], blocks: int, device: float) -> str:
-    """The fewest blocks to swap with which the run fits, or that none are enough."""
-    for count in range(config.blocks_to_swap + 1, blocks - BUFFERS + 1):
-        found = predict(config.model_copy(update={"blocks_to_swap": count}))
-        if found.total <= HEADROOM * device:
-            return f"- blocks_to_swap = {count}: about {found.total / GB:.1f} GB, and {found.host / GB:.1f} GB of host memory"
+    """The fewest blocks to swap with which the run fits, with inputs offloaded if it must be, or that none are enough."""
+    for keeping in dict.fromkeys((config.activation_checkpointing, OFFLOAD)):
+        beside = "" if keeping == config.activation_checkpointing else f" with activation_checkpointing = '{keeping}'"
+        for count in range(config.blocks_to_swap + 1, blocks - BUFFERS + 1):
+            found = predict(_with(config, blocks_to_swap=count, activation_checkpointing=keeping))
+            if found.total <= HEADROOM * device:
+                return f"- blocks_to_swap = {count}{beside}: {_needs(found)}"
     return f"- blocks_to_swap, but not alone: {max(0, blocks - BUFFERS)}, the most, are not enough"
+
+
+def _with(config: RunConfig, **changes: Any) -> RunConfig:
+    return config.model_copy(update=changes)
+
+
+def _needs(memory: Memory) -> str:
+    beside = f", and {memory.on_host / GB:.1f} GB of host memory" if memory.on_host else ""
+    return f"about {memory.total / GB:.1f} GB{beside}"
+
+
+def _host_advice(config: RunConfig, memory: Memory, available: float) -> str:
+    """What to change if host memory is too small."""
+    causes, cures = [], []
+    if memory.inputs:
+        causes.append(f"activation_checkpointing = '{OFFLOAD}' ({memory.inputs / GB:.1f} GB)")
+        cures.append("set activation_checkpointing = true")
+    if memory.host:
+        causes.append(f"blocks_to_swap = {config.blocks_to_swap} ({memory.host / GB:.1f} GB)")
+        cures.append("lower blocks_to_swap, or set model.transformer_dtype = 'float8'")
+    return (f"{' and '.join(causes)} needs {memory.on_host / GB:.1f} GB of host memory a process, "
+            f"{available / GB:.1f} GB are available: {', or '.join(cures)}")
 
 
 def describe(
@@ -191,6 +245,8 @@ def describe(
         f"{memory.adapter / GB:.2f}, activations {memory.activations / GB:.2f})",
         *([f"swapped   {memory.streamed} of {blocks} blocks take turns in two buffers on the device: {memory.host / GB:.2f} GB "
            f"of host memory a process, {memory.copied / GB:.2f} GB copied for each micro-batch"] * bool(memory.streamed)),
+        *([f"offloaded the blocks' inputs wait in host memory: {memory.inputs / GB:.2f} GB a process, "
+           f"{memory.offloaded / GB:.2f} GB copied out for each micro-batch, and back"] * bool(memory.inputs)),
         *(f"memory    {line}" for line in advice(config, predict, blocks, machine)),
     ]
     return "\n".join(lines)

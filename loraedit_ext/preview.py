@@ -94,7 +94,7 @@ def describe_preview(preview: Preview, config: RunConfig, job: EditJob, geometry
     tokens = count_tokens(geometry, preview.shape)
     forwards = preview.settings.steps * preview.passes
     per_step = config.gradient_accumulation_steps * config.micro_batch_size_per_gpu
-    per_step *= 1 + config.activation_checkpointing + BACKWARD
+    per_step *= 1 + bool(config.activation_checkpointing) + BACKWARD
     return (
         f"previews  every {config.sample_every_n_steps} steps: {frames} frames of {width}x{height} ({tokens} tokens), "
         f"{preview.settings.steps} steps x {preview.passes} pass(es); one costs at most about "

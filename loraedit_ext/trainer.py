@@ -20,7 +20,7 @@ from dataset.loader import PipelineLoader, SampleSchedule, Share
 from dataset.triple import EncodedTriple
 from loraedit_ext import flow, lora, metrics, state
 from loraedit_ext import run as runs
-from loraedit_ext.config import RunConfig, StageSettings
+from loraedit_ext.config import OFFLOAD, RunConfig, StageSettings
 from loraedit_ext.objective import Objective
 from loraedit_ext.optim import GradientGuard, build_optimizer, lr_factor
 from loraedit_ext.patience import Patience
@@ -28,6 +28,7 @@ from loraedit_ext.pipeline import Engine, World, check_world, split, stage_of
 from loraedit_ext.preview import FOLDER as PREVIEWS
 from loraedit_ext.preview import Preview, Previewer
 from models.base import I2VModel
+from models.offload import HostInputs
 
 QUANTILES = tuple(k / 10 for k in range(1, 10))
 SIGNALS = ("save", "save_quit")
@@ -103,8 +104,9 @@ class Trainer:
         self.weights = lora.trainable(self.owned.values())
         self.scale = (config.adapter.alpha or config.adapter.rank) / config.adapter.rank
         self._start_from_existing()
+        inputs = HostInputs(world.device) if config.activation_checkpointing == OFFLOAD else None
         for layer in self.owned.values():
-            layer.recompute = config.activation_checkpointing
+            layer.recompute, layer.inputs = bool(config.activation_checkpointing), inputs
             for parameter in layer.parameters():
                 parameter.model_parallel = True
         self.optimizer = build_optimizer(self.weights.values(), config.optimizer)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from common.progress import brief
+from models.offload import HostInputs, recomputed
 
 if TYPE_CHECKING:
     from models.streaming import StreamedBlock
@@ -81,12 +81,14 @@ class PipelineLayer(nn.Module):
     Attributes:
         origin: attribute name of each submodule -> its dotted name in the original checkpoint.
         recompute: recompute this layer's activations in backward instead of keeping them.
+        inputs: where the inputs of recomputed blocks are kept until then; None: on the device.
     """
 
     def __init__(self, origin: dict[str, str]) -> None:
         super().__init__()
         self.origin = origin
         self.recompute = False
+        self.inputs: HostInputs | None = None
 
     @property
     def streamed(self) -> StreamedBlock | None:
@@ -94,13 +96,13 @@ class PipelineLayer(nn.Module):
         block = self._modules.get("block")
         return block.streamed if isinstance(block, TransformerBlock) else None
 
-    def run(self, block: TransformerBlock, *arguments: Any) -> Tensor:
-        """`block(*arguments)`, its activations recomputed in backward if `recompute` says so."""
+    def run(self, block: TransformerBlock, hidden: Tensor, *arguments: Any) -> Tensor:
+        """`block(hidden, *arguments)`, its activations recomputed in backward if `recompute` says so."""
         if block.streamed is not None:
-            return block.streamed.run(block, *arguments)
+            return block.streamed.run(block, self.inputs, hidden, *arguments)
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, *arguments, use_reentrant=False)
-        return block(*arguments)
+            return recomputed(block, hidden, *arguments, inputs=self.inputs)
+        return block(hidden, *arguments)
 
     def original_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters under the names that the original checkpoint gives them."""

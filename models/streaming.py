@@ -12,26 +12,24 @@ Ordering on a GPU is by two events a buffer and nothing else: `ready` (filled) a
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
 from models.checkpoint import place
 from models.layers import PipelineLayer
-
-_log = logging.getLogger(__name__)
+from models.offload import HostInputs, recomputed
+from models.pinned import HostAllocator
 
 BUFFERS = 2
 _ALIGNMENT = 256
 """Bytes at whose multiples tensors begin, as in CUDA's own allocations."""
 _PIECE = 64 << 20
-"""Bytes of one host allocation. Torch rounds pinned ones up to a power of two, half as much again for a whole block."""
+"""Bytes of one host allocation: a power of two, which page-locked memory is rounded up to."""
 
 
 def streamed_blocks(layers: Sequence[PipelineLayer], count: int) -> list[PipelineLayer]:
@@ -71,32 +69,19 @@ class HostMemory:
         self.device = device
         self.layers: list[PipelineLayer] = []
         self.blocks: list[list[Tensor]] = []
-        self._pinned = device.type == "cuda"
+        self._host = HostAllocator(device, "blocks_to_swap")
 
     def take(self, layer: PipelineLayer) -> None:
         """Take over the weights of a layer that was loaded on the CPU; it keeps their shapes on the meta device."""
         layout = list(_layout(layer))
         _, last, offset = layout[-1]
         size = offset + block_bytes([last.nbytes])
-        pieces = [self._allocate(min(_PIECE, size - start)) for start in range(0, size, _PIECE)]
+        pieces = [self._host.allocate(min(_PIECE, size - start)) for start in range(0, size, _PIECE)]
         for name, tensor, offset in layout:
             _write(pieces, offset, tensor.detach().reshape(-1).view(torch.uint8))
             place(layer, name, torch.empty_like(tensor, device="meta"))
         self.layers.append(layer)
         self.blocks.append(pieces)
-
-    def _allocate(self, size: int) -> Tensor:
-        if self._pinned:
-            try:
-                return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-            except RuntimeError as error:
-                self._pinned = False
-                _log.warning(
-                    "blocks_to_swap: the system page-locks %.1f GB of host memory and no more (%s). The rest is copied "
-                    "from ordinary memory, which is slower; `python -m loraedit_ext.doctor` says what can be done.",
-                    sum(len(piece) for block in self.blocks for piece in block) / 1e9, str(error).splitlines()[0],
-                )
-        return torch.empty(size, dtype=torch.uint8)
 
     def serve(self) -> None:
         """Put the buffers on the device and the layers' parameters into them; from here on the layers can run."""
@@ -228,15 +213,19 @@ class StreamedBlock:
     def __init__(self, ring: Ring, number: int) -> None:
         self.ring, self.number = ring, number
 
-    def run(self, block: nn.Module, hidden: Tensor, *arguments: Any) -> Tensor:
-        """`block(hidden, *arguments)`, in training with its activations recomputed in backward."""
+    def run(self, block: nn.Module, inputs: HostInputs | None, hidden: Tensor, *arguments: Any) -> Tensor:
+        """`block(hidden, *arguments)`, in training with its activations recomputed in backward.
+
+        Args:
+            inputs: where `hidden` is kept until then; None: on the device.
+        """
         if not torch.is_grad_enabled():
             with self._lent(self.number + BUFFERS):
                 return block(hidden, *arguments)
         hidden = _Entry.apply(hidden, self.ring.token, self)
-        return checkpoint(
-            block, hidden, *arguments, use_reentrant=False,
-            context_fn=lambda: (self._lent(self.number + BUFFERS), self._lent_until_entry()),
+        return recomputed(
+            block, hidden, *arguments, inputs=inputs,
+            contexts=lambda: (self._lent(self.number + BUFFERS), self._lent_until_entry()),
         )
 
     @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -170,10 +170,36 @@ def write_hunyuan(folder: Path, variant: str) -> Path:
 
 
 @pytest.fixture(scope="session")
+def seven_blocks(tmp_path_factory) -> Path:
+    """A random Wan checkpoint of seven blocks."""
+    from models.wan.random_weights import tiny_config, write_random_checkpoint
+
+    folder = tmp_path_factory.mktemp("wan") / "seven"
+    write_random_checkpoint(folder, replace(tiny_config(), num_layers=7))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_hunyuan(tmp_path_factory) -> dict[str, Path]:
     """Random checkpoints of both variants in the original HunyuanVideo-I2V layout."""
     folder = tmp_path_factory.mktemp("hunyuan")
     return {variant: write_hunyuan(folder / variant, variant) for variant in ("token_replace", "latent_concat")}
+
+
+@pytest.fixture
+def open_model(tiny_wan, tiny_hunyuan):
+    """Opens the tiny checkpoint of `wan` or of a variant of HunyuanVideo."""
+    from models.hunyuan.checkpoint import HunyuanCheckpoint
+    from models.hunyuan.wrapper import HunyuanI2V
+    from models.wan.checkpoint import WanCheckpoint
+    from models.wan.wrapper import WanI2V
+
+    def open_(family):
+        if family == "wan":
+            return WanI2V(WanCheckpoint.open(tiny_wan), torch.device("cpu"))
+        return HunyuanI2V(HunyuanCheckpoint.open(tiny_hunyuan[family]), torch.device("cpu"))
+
+    return open_
 
 
 def write_edit_folder(folder: Path, family: str, checkpoint: Path) -> EditFolder:

@@ -6,7 +6,6 @@ import gc
 import weakref
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,9 @@ from loraedit_ext import launch, lora, plan
 from loraedit_ext.config import AdapterSettings, load_config
 from loraedit_ext.pipeline import autocast
 from models import base, checkpoint, streaming
-from models.hunyuan.checkpoint import HunyuanCheckpoint
 from models.hunyuan.random_weights import tiny_config as tiny_hunyuan_config
-from models.hunyuan.wrapper import HunyuanI2V
 from models.streaming import BUFFERS, Ring, StreamedBlock, block_bytes
 from models.wan.checkpoint import WanCheckpoint
-from models.wan.random_weights import tiny_config, write_random_checkpoint
 from models.wan.wrapper import WanI2V
 from tests.conftest import write_edit_folder
 from tests.loraedit_ext.test_editor import frames_of
@@ -33,24 +29,6 @@ from tests.loraedit_ext.test_trainer import assert_same, lora_of
 CPU = torch.device("cpu")
 E4M3 = torch.float8_e4m3fn
 STORAGES = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None), "fp8": (torch.bfloat16, E4M3)}
-
-
-@pytest.fixture(scope="module")
-def seven_blocks(tmp_path_factory):
-    """A Wan of seven blocks."""
-    folder = tmp_path_factory.mktemp("wan") / "seven"
-    write_random_checkpoint(folder, replace(tiny_config(), num_layers=7))
-    return folder
-
-
-@pytest.fixture
-def open_model(tiny_wan, tiny_hunyuan):
-    def open_(family):
-        if family == "wan":
-            return WanI2V(WanCheckpoint.open(tiny_wan), CPU)
-        return HunyuanI2V(HunyuanCheckpoint.open(tiny_hunyuan[family]), CPU)
-
-    return open_
 
 
 def build(model, swapped, storage="fp32"):
