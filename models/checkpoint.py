@@ -59,6 +59,10 @@ class Entry:
     scaled: tuple[Entry, Entry] | None = None
     """Where this is an 8-bit weight times its scale: the two as they are in the file."""
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def derived(self, shape: Shape, dtype: torch.dtype, function: Callable[[Tensor], Tensor]) -> Entry:
         """The entry of `function(tensor)`, a view (`chunk`, `reshape`), computed when it is read."""
         return replace(self, shape=shape, dtype=dtype, read=lambda: function(self.read()), scaled=None)
@@ -415,13 +419,13 @@ def load_into(
     """
     tensors.check(slots(module))
     _check_floating(module, tensors)
-    total = sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in tensors.entries.values())
+    total = sum(entry.nbytes for entry in tensors.entries.values())
     with brief(total, f"loading {tensors.where.name}", unit="B", unit_scale=True) as bar:
         for name, entry in tensors.entries.items():
             example = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
             dtype = dtype_of(name, example) if dtype_of else entry.dtype
             place(module, name, materialise(entry, dtype, torch.device(device), mapped))
-            bar.update(example.nbytes)
+            bar.update(entry.nbytes)
 
 
 def _check_floating(module: nn.Module, tensors: Tensors) -> None:

@@ -103,8 +103,9 @@ def validation_loss(model: TinyModel, count: int) -> dict[str, float]:
         x = model.vae.encode(video[None])
         eps = torch.randn(x.shape, generator=noise).to(x)
         predicted = model.predict(flow.add_noise(x, eps, t.reshape(1).to(x)), t, model.context(video, caption(scene)))
-        plain += flow.loss(predicted, flow.velocity(x, eps)).item()
-        weighted += flow.loss(predicted, flow.velocity(x, eps), weights).item()
+        velocity = flow.velocity(x, eps)
+        plain += flow.loss(predicted, velocity).item()
+        weighted += flow.loss(predicted, velocity, weights).item()
     return {"transformer_loss": round(plain / count, 4), "transformer_weighted_loss": round(weighted / count, 4)}
 
 

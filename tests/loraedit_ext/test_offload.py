@@ -35,6 +35,7 @@ from tests.loraedit_ext.test_streaming import (
     plan_of,
     run,
     train_and_sample,
+    without_collector,
 )
 from tests.loraedit_ext.test_trainer import assert_same, lora_of
 
@@ -392,13 +393,9 @@ def test_the_memory_is_free_when_the_transformer_is_dropped(open_model):
     layers = build(model, 0)
     memory = weakref.ref(offloaded(layers))
     train_and_sample(model, layers)
-    gc.collect()
-    gc.disable()
-    try:
+    with without_collector():
         del layers
         assert memory() is None
-    finally:
-        gc.enable()
 
 
 def test_dropout_is_recomputed_with_the_same_chance():
@@ -434,13 +431,11 @@ def test_a_graph_that_is_kept_can_be_used_again(open_model):
 
 def test_the_plan_counts_what_is_offloaded(edit_folder, seven_blocks, monkeypatch):
     """Against what the same model really keeps and copies."""
-    config = load_config(edit_folder.config, [f"model.ckpt_path={seven_blocks}"])
-    model = launch.build_model(config, CPU)
-    transformer = model.build_transformer()
-    lora.inject(transformer, model, config.adapter)
+    config, predict_of = plan_of(seven_blocks, edit_folder, tokens=TOKENS)
+    model = WanI2V(WanCheckpoint.open(seven_blocks), CPU)
 
     def predict(**changes):
-        return plan.predict_memory(config.model_copy(update=changes), model, transformer, TOKENS, 96, 7)
+        return predict_of(config.model_copy(update=changes))
 
     kept, found = predict(), predict(activation_checkpointing=OFFLOAD)
     monkeypatch.setattr(offload, "_PIECE", ONE_INPUT // 4)

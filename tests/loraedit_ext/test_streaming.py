@@ -89,6 +89,17 @@ def train_and_sample(model, layers, dtype=torch.float32):
     return found
 
 
+@contextmanager
+def without_collector():
+    """Memory that is free in here was freed at once, by nothing but its last reference."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def assert_equal(first, second):
     assert len(first) == len(second)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -357,13 +368,9 @@ def test_the_memory_is_free_when_the_transformer_is_dropped(open_model):
     layers = build(model, 2)
     train_and_sample(model, layers)
     memory = weakref.ref(ring_of(layers).buffers[0])
-    gc.collect()
-    gc.disable()
-    try:
+    with without_collector():
         del layers
         assert memory() is None
-    finally:
-        gc.enable()
 
 
 def test_blocks_larger_than_one_host_allocation(open_model, monkeypatch):
@@ -410,13 +417,13 @@ def test_a_lora_that_changes_norms_and_biases_reaches_the_host(open_model):
     assert_equal(results[1:], results[:-1])
 
 
-def plan_of(seven_blocks, folder, *overrides):
+def plan_of(seven_blocks, folder, *overrides, tokens=2000):
     """Predicted memory with that configuration, and with any other."""
     config = load_config(folder.config, [f"model.ckpt_path={seven_blocks}", *overrides])
     model = launch.build_model(config, CPU)
     transformer = model.build_transformer()
     lora.inject(transformer, model, config.adapter)
-    return config, lambda changed: plan.predict_memory(changed, model, transformer, 2000, 96, 7)
+    return config, lambda changed: plan.predict_memory(changed, model, transformer, tokens, 96, 7)
 
 
 def test_the_plan_counts_what_is_streamed(edit_folder, seven_blocks):
