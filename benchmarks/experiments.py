@@ -50,6 +50,8 @@ VARIANTS = (
     *_variants("noise draws a step", "micro_batch_size_per_gpu=1"),
     *_variants("what is adapted", 'adapter.exclude_modules=["ffn.0","ffn.2"]'),
     *_variants("sampling", "edit.steps=10"),
+    *_variants("source guidance", "edit.source_guidance=2", "edit.source_guidance=3",
+               "optimizer.lr=1e-3 edit.source_guidance=2"),
 )  # fmt: skip
 
 COLUMNS = (

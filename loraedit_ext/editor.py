@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from common.files import hash_file
 from dataset.job import EditJob
-from loraedit_ext import lora, masks, regimes
+from loraedit_ext import guidance, lora, masks, regimes
 from loraedit_ext.config import RunConfig
+from loraedit_ext.encode import encode
 from loraedit_ext.pipeline import autocast
 from loraedit_ext.sampling import Forward, composite, sample_latents
 from models.base import I2VModel
@@ -53,15 +54,13 @@ class Editor:
         """Encode, sample, decode, composite."""
         started = time.perf_counter()
         settings = self.config.edit
-        triple = regimes.edit(job, settings.condition)
-        condition = self.model.encode_condition(triple.condition, triple.mask, triple.reference, triple.prompt)
-        passes = [condition]
-        if settings.guidance != 1:
-            passes.append(condition | self.model.encode_negative(settings.negative_prompt, triple.reference))
+        passes = guidance.passes(job, settings, self.config.mask_rule)
+        conditions = guidance.conditions(passes, {each.sample.name: encode(self.model, each.sample) for each in passes})
         self.model.free_encoders()
-        shape = self.model.geometry.latent_shape(*triple.condition.shape[1:])
+        shape = self.model.geometry.latent_shape(*job.frames.shape[:3])
         forward = self._forward(self._load_transformer())
-        latents = sample_latents(self.model, forward, passes, shape, settings, self.device, "editing")
+        weights = [each.weight for each in passes]
+        latents = sample_latents(self.model, forward, conditions, weights, shape, settings, self.device, "editing")
         del forward
         generated = regimes.to_pixels(self.model.decode_video(latents))
         self.model.free_encoders()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,9 +14,10 @@ from dataset.job import EditedFrame, EditJob
 from dataset.resize import Fit, Grid, fit
 from dataset.triple import EncodedTriple, Triple
 from dataset.video_writer import write_mp4
-from loraedit_ext import regimes
+from loraedit_ext import masks, regimes
 from loraedit_ext.config import EditSettings, PreviewSettings, RunConfig
 from loraedit_ext.encode import Unconditional
+from loraedit_ext.guidance import Pass, conditions, passes
 from loraedit_ext.metrics import Clip
 from loraedit_ext.sampling import Forward, composite, sample_latents
 from models.base import Geometry, I2VModel
@@ -32,9 +33,9 @@ class Preview:
 
     job: EditJob
     """The first frames of the run's job, scaled down."""
-    triple: Triple
     settings: EditSettings
     """[edit] with the steps and guidance of [preview]."""
+    passes: Sequence[Pass]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -42,17 +43,9 @@ class Preview:
         frames, height, width = self.job.frames.shape[:3]
         return frames, height, width
 
-    @property
-    def passes(self) -> int:
-        """Forward passes of one sampling step."""
-        return 1 if self.settings.guidance == 1 else 2
-
     def samples(self) -> list[Triple | Unconditional]:
         """What the frozen encoders are needed for; all of it is encoded before the training begins."""
-        if self.passes == 1:
-            return [self.triple]
-        negative = Unconditional("preview-negative", self.triple.reference, self.settings.negative_prompt)
-        return [self.triple, negative]
+        return [each.sample for each in self.passes]
 
 
 def plan_preview(config: RunConfig, job: EditJob, geometry: Geometry) -> Preview | None:
@@ -67,7 +60,7 @@ def plan_preview(config: RunConfig, job: EditJob, geometry: Geometry) -> Preview
     if config.preview.guidance is not None:
         settings = settings.model_copy(update={"guidance": config.preview.guidance})
     small = shorten(job, config.preview, geometry)
-    return Preview(small, replace(regimes.edit(small), name="preview"), settings)
+    return Preview(small, settings, passes(small, settings, config.mask_rule, "preview"))
 
 
 def shorten(job: EditJob, settings: PreviewSettings, geometry: Geometry) -> EditJob:
@@ -92,12 +85,12 @@ def describe_preview(preview: Preview, config: RunConfig, job: EditJob, geometry
     frames, height, width = preview.shape
     training_tokens = count_tokens(geometry, (max(len(clip) for clip in job.clips), *job.frames.shape[1:3]))
     tokens = count_tokens(geometry, preview.shape)
-    forwards = preview.settings.steps * preview.passes
+    forwards = preview.settings.steps * len(preview.passes)
     per_step = config.gradient_accumulation_steps * config.micro_batch_size_per_gpu
     per_step *= 1 + bool(config.activation_checkpointing) + BACKWARD
     return (
         f"previews  every {config.sample_every_n_steps} steps: {frames} frames of {width}x{height} ({tokens} tokens), "
-        f"{preview.settings.steps} steps x {preview.passes} pass(es); one costs at most about "
+        f"{preview.settings.steps} steps x {len(preview.passes)} pass(es); one costs at most about "
         f"{forwards * tokens / (per_step * training_tokens):.2g} training steps, and the VAE's memory beside "
         f"the transformer's; to {FOLDER}/stepN.mp4"
     )
@@ -123,24 +116,25 @@ class Previewer:
         self, preview: Preview, model: I2VModel, samples: Mapping[str, EncodedTriple], device: torch.device
     ) -> None:
         self.preview, self.model, self.device = preview, model, device
-        condition, *negative = (samples[sample.name].condition for sample in preview.samples())
-        self.passes = [condition, *(condition | other for other in negative)]
+        self.conditions = conditions(preview.passes, samples)
         self.shape = model.geometry.latent_shape(*preview.shape)
 
     def sample(self, forward: Forward) -> Tensor:
         """Latents (C, T, h, w) of the edit; every process of a pipeline takes part."""
+        weights = [each.weight for each in self.preview.passes]
         return sample_latents(
-            self.model, forward, self.passes, self.shape, self.preview.settings, self.device, "preview"
+            self.model, forward, self.conditions, weights, self.shape, self.preview.settings, self.device, "preview"
         )
 
     def write(self, latents: Tensor, path: Path) -> Clip:
         """Decode, composite if [edit] does, and write an mp4."""
-        settings, job, triple = self.preview.settings, self.preview.job, self.preview.triple
+        settings, job = self.preview.settings, self.preview.job
         try:
             frames = regimes.to_pixels(self.model.decode_video(latents))
         finally:
             self.model.free_encoders()
         if settings.composite:
-            frames = composite(regimes.with_first_edit(job), frames, triple.mask.numpy(), settings.feather)
+            preserve = masks.with_first_frame(regimes.preserve_mask(job)).numpy()
+            frames = composite(regimes.with_first_edit(job), frames, preserve, settings.feather)
         write_mp4(path, frames, job.fps)
         return Clip(path, np.ascontiguousarray(frames))

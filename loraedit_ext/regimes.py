@@ -6,6 +6,7 @@
 | motion (3.3.1)     | source, edit region grey, frame 0 whole    | frame 0, and outside the region      | source      |
 | appearance (3.3.2) | one source frame, edit region grey         | outside the region                   | edited frame|
 | edit (inference)   | as motion, frame 0 := edited frame 0       | as motion                            | -           |
+| unedited (guidance)| as motion                                  | as motion                            | -           |
 
 For the paper's ablations (figure 2) the edit can be told less or more than that, see `EditCondition`.
 
@@ -95,10 +96,19 @@ def appearance(job: EditJob) -> list[Triple]:
 
 def edit(job: EditJob, condition: EditCondition = "motion") -> Triple:
     """Inference: as motion over the whole video, with the edited first frame in place of frame 0."""
+    return _to_generate(job, "edit", with_first_edit(job), condition)
+
+
+def unedited(job: EditJob, condition: EditCondition = "motion") -> Triple:
+    """As the edit, prompt included, but for frame 0, which is the source's own: what source guidance leads away from."""
+    return _to_generate(job, "unedited", job.frames, condition)
+
+
+def _to_generate(job: EditJob, name: str, frames: np.ndarray, condition: EditCondition) -> Triple:
     preserve = _told(preserve_mask(job), condition)
-    video = to_unit(with_first_edit(job))
+    video = to_unit(frames)
     return Triple(
-        name="edit",
+        name=name,
         condition=masks.grey_fill(video, preserve),
         mask=preserve,
         target=None,

@@ -10,25 +10,24 @@ import torch
 from torch import Tensor
 
 from common.progress import progress, stepping
-from loraedit_ext import flow
+from loraedit_ext import flow, guidance
 from loraedit_ext.config import EditSettings
 from models.base import I2VModel
 
 Forward = Callable[[tuple[Tensor, ...], int], Tensor]
-"""The transformer: batched inputs of its first layer, and the number of the pass (0 with the prompt, 1 without it), to
-the velocity (1, C, T, h, w)."""
+"""The transformer: batched inputs of its first layer, and the number of the pass, to the velocity (1, C, T, h, w)."""
 
 
 @torch.no_grad()
 def sample_latents(
-    model: I2VModel, forward: Forward, passes: Sequence[dict[str, Tensor]], shape: tuple[int, ...],
-    settings: EditSettings, device: torch.device, title: str,
+    model: I2VModel, forward: Forward, conditions: Sequence[dict[str, Tensor]], weights: Sequence[Tensor | float],
+    shape: tuple[int, ...], settings: EditSettings, device: torch.device, title: str,
 ) -> Tensor:
     """Sample an edit with a generator of its own, so that no other random state moves.
 
     Args:
         forward: the transformer, in evaluation mode.
-        passes: conditioning without batch axis; a second one is the unconditional pass of classifier-free guidance.
+        conditions, weights: conditioning without batch axis and weight of every pass (`loraedit_ext.guidance`), the edit first.
         shape: (C, T, h, w).
         title: of the progress bar.
 
@@ -36,7 +35,8 @@ def sample_latents(
         Normalised latents (C, T, h, w), fp32 on the CPU.
     """
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(settings.seed)).to(device)
-    batched = [{name: tensor[None].to(device) for name, tensor in condition.items()} for condition in passes]
+    batched = [{name: tensor[None].to(device) for name, tensor in condition.items()} for condition in conditions]
+    weights = [weight.to(device) if isinstance(weight, Tensor) else weight for weight in weights]
     embedded = settings.embedded_guidance or 1.0
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
@@ -44,10 +44,7 @@ def sample_latents(
             forward(model.model_inputs(x, t.to(x.device).expand(len(x)), condition, embedded), number)
             for number, condition in enumerate(batched)
         ]
-        if len(velocities) == 1:
-            return velocities[0]
-        conditional, plain = velocities
-        return plain + settings.guidance * (conditional - plain)
+        return guidance.combined(velocities, weights)
 
     sigmas = flow.inference_sigmas(settings.steps, settings.shift, settings.sampler)
     start = model.start_latents(noise, batched[0])

@@ -39,6 +39,8 @@ class Method:
     """What the model is told when it edits; None: no diffusion model takes part."""
     long: bool = False
     """As many steps as motion and appearance have together: a control."""
+    guided: bool = False
+    """Edited with source guidance; trained as the method before it."""
 
     @property
     def learned(self) -> bool:
@@ -57,8 +59,10 @@ METHODS = {method.key: method for method in (
     Method("naive", "naive LoRA", "naive", "first_frame"),
     Method("naive_long", "naive LoRA, all steps", "naive", "first_frame", long=True),
     Method("motion", "motion", "motion", "motion"),
+    Method("motion_guided", "motion, source guidance", "motion", "motion", guided=True),
     Method("motion_long", "motion, all steps", "motion", "motion", long=True),
     Method("appearance", "motion + appearance", "appearance", "motion"),
+    Method("appearance_guided", "motion + appearance, source guidance", "appearance", "motion", guided=True),
 )}  # fmt: skip
 """In the order of table and work: `vae` warms up what the first edit would be charged for. Cases as in the paper's figure 2."""
 DEFAULT_METHODS = tuple(key for key, method in METHODS.items() if not method.long)
@@ -97,13 +101,14 @@ composite = false
 
 @dataclass(frozen=True)
 class Budget:
-    """Steps of the stages."""
+    """Steps of the stages, and the strength of source guidance where a method has it."""
 
     steps: int
     """Of the naive and of the motion stage."""
     appearance_steps: int
     appearance_share: float
     """Of the steps of the appearance stage; the rest is motion."""
+    source_guidance: float
 
     def stages(self, method: Method) -> list[dict[str, Any]]:
         """[[stage]] tables of a method."""
@@ -153,7 +158,7 @@ def config_of(
     folder = "mask" if method.training in ("motion", "appearance") and not method.long else method.key
     config = load_config(path, [
         *overrides, f"seed={seed}", f"edit.seed={seed}", f"edit.condition={method.condition or 'motion'}",
-        f"output_dir=runs/{seed}/{folder}",
+        f"output_dir=runs/{seed}/{folder}", *([f"edit.source_guidance={budget.source_guidance}"] if method.guided else []),
     ])  # fmt: skip
     if method.training is None:
         return config
@@ -180,6 +185,9 @@ def run(method: Method, media: TaskMedia, config: RunConfig) -> Result:
 
 def train(config: RunConfig) -> Path:
     """Train, or continue the run of the earlier stage where there is one; returns the LoRA."""
+    steps = sum(stage.steps for stage in config.stage)
+    if there := list(config.output_dir.glob(f"*/step{steps}/{lora.EXPORT_NAME}")):
+        return there[0]
     resumable = any(config.output_dir.glob(f"*/{LATEST}"))
     launch.train(config.model_copy(update={"resume_from_checkpoint": resumable}))
     return runs.newest_lora(config.output_dir)

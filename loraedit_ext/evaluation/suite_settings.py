@@ -33,6 +33,8 @@ class SuiteSettings(Settings):
     """Of the appearance stage, behind the motion stage."""
     appearance_share: float = Field(0.5, gt=0, le=1)
     """Of the appearance stage's steps; the rest is motion."""
+    source_guidance: float = Field(2.0, gt=1)
+    """`edit.source_guidance` of the methods that have it."""
     jobs: int | None = Field(None, ge=1)
     """Processes side by side, dealt out over the GPUs if there are any. Default: one a core."""
 
@@ -49,7 +51,7 @@ class SuiteSettings(Settings):
 
     @property
     def budget(self) -> Budget:
-        return Budget(self.steps, self.appearance_steps, self.appearance_share)
+        return Budget(self.steps, self.appearance_steps, self.appearance_share, self.source_guidance)
 
 
 def load_suite(overrides: Iterable[str], quick: bool = False) -> tuple[SuiteSettings, list[str]]:

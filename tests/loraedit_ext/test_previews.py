@@ -44,9 +44,10 @@ def test_previews_change_no_number_of_the_training(edit_folder):
     assert [row["step"] for row in edit_folder.metrics(1) if "preview/seconds" in row] == [2, 4, 6]
 
 
-def test_a_preview_is_what_inference_makes_with_the_lora_of_that_step(edit_folder):
+@pytest.mark.parametrize("source_guidance", [1, 3])
+def test_a_preview_is_what_inference_makes_with_the_lora_of_that_step(edit_folder, source_guidance):
     """Same steps, seed and guidance, same length and size: the same frames; and another step has others."""
-    raw = ["edit.composite=false", "optimizer.lr=1e-2"]
+    raw = ["edit.composite=false", "optimizer.lr=1e-2", f"edit.source_guidance={source_guidance}"]
     train(edit_folder, *PREVIEWS, *raw, "save_every_n_steps=2")
     (run,) = edit_folder.runs()
     shown = {step: strip.astype(int) for step, strip in strips(run).items()}
@@ -127,6 +128,8 @@ def test_a_job_without_edited_first_frame_is_refused_before_anything_is_encoded(
 def test_guidance_1_needs_no_unconditional_pass(edit_folder, capsys):
     train(edit_folder, *PREVIEWS, "preview.guidance=1", "stage=[{name='motion', steps=2, mix={motion=1}}]")
     assert "2 steps x 1 pass(es)" in capsys.readouterr().out
+    launch.train(load_config(edit_folder.config, [*PREVIEWS, "edit.source_guidance=2"]), cache_only=True)
+    assert "2 steps x 3 pass(es)" in capsys.readouterr().out
 
 
 def test_hunyuan_has_previews_too(hunyuan_folder):

@@ -69,6 +69,16 @@ def test_edit_is_motion_but_for_frame_0(job):
     assert edit.prompt == "p3rs0n, a blue square"
 
 
+def test_unedited_is_the_edit_but_for_the_first_frame(job, video):
+    for condition in ("motion", "first_frame", "all"):
+        edit, unedited = regimes.edit(job, condition), regimes.unedited(job, condition)
+        assert torch.equal(unedited.mask, edit.mask)
+        assert torch.equal(unedited.condition[:, 1:], edit.condition[:, 1:])
+        assert torch.equal(unedited.condition[:, 0], video[:, 0])
+        assert torch.equal(unedited.reference, video[:, 0])
+        assert unedited.prompt == edit.prompt
+
+
 def test_the_source_never_shows_through_the_edit_region_behind_frame_0(job):
     """What the model is told of the region at inference must not hold the object that is to go."""
     condition = regimes.to_pixels(regimes.edit(job).condition)

@@ -168,7 +168,7 @@ def test_claims_are_paired_differences_on_the_tasks_they_speak_of() -> None:
 
 
 def test_stages_are_those_of_the_methods() -> None:
-    budget = Budget(100, 50, 0.25)
+    budget = Budget(100, 50, 0.25, 2.0)
     assert [stage["steps"] for stage in budget.stages(METHODS["appearance"])] == [100, 50]
     assert budget.stages(METHODS["appearance"])[1]["mix"] == {"motion": 0.75, "appearance": 0.25}
     assert budget.stages(METHODS["naive"]) == [{"name": "naive", "steps": 100, "mix": {"naive": 1}}]
@@ -222,7 +222,7 @@ def test_every_method_leaves_a_whole_line(done: tuple[Path, Results, list[str]])
     assert tuple(found) == DEFAULT_METHODS
     assert all(line["scores"].keys() >= {score.key for score in SCORES} for line in found.values())
     assert {name: line["steps"] for name, line in found.items() if line["steps"]} == {
-        "naive": 1, "motion": 1, "appearance": 3,
+        "naive": 1, "motion": 1, "motion_guided": 1, "appearance": 3, "appearance_guided": 3,
     }  # fmt: skip
     assert {name for name, line in found.items() if line["seconds"]} == {
         name for name in DEFAULT_METHODS if METHODS[name].learned
@@ -313,20 +313,22 @@ def test_a_second_run_computes_nothing(done: tuple[Path, Results, list[str]], ca
     before = (out / suite.RESULTS).read_bytes()
     suite.run_suite(overrides, out=out)
     assert (out / suite.RESULTS).read_bytes() == before
-    assert "11 results, 11 of them in" in capsys.readouterr().out
+    assert "13 results, 13 of them in" in capsys.readouterr().out
 
 
 def test_what_is_missing_is_computed_and_comes_out_the_same(done: tuple[Path, Results, list[str]]) -> None:
-    """The appearance stage alone trains both stages in one go, the first run continued the motion stage: no matter."""
+    """The appearance stage alone trains both stages in one go, the first run continued the motion stage: no matter.
+    And an edit with source guidance needs its LoRA trained again."""
     out, _, overrides = done
     whole = lines(out)
-    kept = [line for line in whole if line["method"] != "appearance"]
+    gone = ("motion_guided", "appearance")
+    kept = [line for line in whole if line["method"] not in gone]
     (out / suite.RESULTS).write_text("".join(json.dumps(line) + "\n" for line in kept))
     suite.run_suite(overrides, out=out)
     again = lines(out)
     assert len(again) == len(whole)
-    assert again[-1]["method"] == "appearance"
-    assert again[-1]["scores"] == next(line for line in whole if line["method"] == "appearance")["scores"]
+    assert tuple(line["method"] for line in again[-2:]) == gone
+    assert [line["scores"] for line in again[-2:]] == [line["scores"] for line in whole if line["method"] in gone]
 
 
 def test_only_what_a_setting_touches_is_computed_again(

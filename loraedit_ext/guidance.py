@@ -1,0 +1,66 @@
+"""Guidance: which passes one sampling step of an edit takes, and how their velocities are put together.
+
+    v = v_edit + (guidance - 1) (v_edit - v_negative) + (source_guidance - 1) (v_edit - v_source), the last where generated
+
+The first difference is classifier-free guidance (Ho and Salimans 2022). The second is its counterpart for a LoRA of one
+video. The motion regime has seen no picture but the source, so part of the source's look is burnt into the LoRA and shows
+through the edit. `v_source` is the same model told the same except for the first frame, which is the source's own: where the
+two velocities differ is what the edited frame is heeded for, and a weight above 1 restores what the LoRA has weakened. What it
+gains: docs/experiments.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from dataset.job import EditJob
+from dataset.triple import EncodedTriple, Triple
+from loraedit_ext import masks, regimes
+from loraedit_ext.config import EditSettings
+from loraedit_ext.encode import Unconditional
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One of the passes of a sampling step."""
+
+    sample: Triple | Unconditional
+    weight: Tensor | float
+    """Of the edit's velocity less this pass's: a number, or one for each latent (1, T, h, w). Of the edit itself: 0."""
+
+
+def passes(job: EditJob, settings: EditSettings, rule: masks.MaskRule, name: str = "edit") -> list[Pass]:
+    """The edit, then what it is led away from.
+
+    Args:
+        settings: guidance that is 1 takes no pass.
+        name: of the edit's sample; the others' names begin with it.
+
+    Raises:
+        UserError: the job has no edited first frame.
+    """
+    edit = replace(regimes.edit(job, settings.condition), name=name)
+    found = [Pass(edit, 0.0)]
+    if settings.guidance != 1:
+        negative = Unconditional(f"{name}-negative", edit.reference, settings.negative_prompt)
+        found.append(Pass(negative, settings.guidance - 1))
+    if settings.source_guidance != 1:
+        source = replace(regimes.unedited(job, settings.condition), name=f"{name}-source")
+        generated = 1 - masks.latent_mask(edit.mask, rule)
+        found.append(Pass(source, (settings.source_guidance - 1) * generated))
+    return found
+
+
+def conditions(planned: Sequence[Pass], encoded: Mapping[str, EncodedTriple]) -> list[dict[str, Tensor]]:
+    """Conditioning of every pass, by the names of their samples; what a pass does not say is as in the edit."""
+    edit = encoded[planned[0].sample.name].condition
+    return [edit | encoded[each.sample.name].condition for each in planned]
+
+
+def combined(velocities: Sequence[Tensor], weights: Sequence[Tensor | float]) -> Tensor:
+    """The velocity to follow, (B, C, T, h, w), of those of the passes and their weights, the edit first."""
+    edit = velocities[0]
+    return edit + sum(weight * (edit - other) for weight, other in zip(weights[1:], velocities[1:], strict=True))
