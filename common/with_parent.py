@@ -20,19 +20,29 @@ def command(program: list[str]) -> list[str]:
     return [sys.executable, "-I", str(Path(__file__).resolve()), str(os.getpid()), *program]
 
 
+def end_with(parent: int) -> None:
+    """Ask the kernel for SIGKILL at the death of the parent, a process id.
+
+    Raises:
+        OSError: the kernel refuses.
+        SystemExit: it has died before the kernel was asked.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:
+        raise SystemExit
+
+
 def main(arguments: list[str]) -> None:
-    """Ask the kernel for SIGKILL at the parent's death, then become the program.
+    """Bind this process to its parent, then become the program.
 
     Raises:
         OSError: the kernel refuses, or the program cannot be started.
     """
     parent, *program = arguments
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    # It may have died before the kernel was asked.
-    if os.getppid() == int(parent):
-        os.execv(program[0], program)
+    end_with(int(parent))
+    os.execv(program[0], program)
 
 
 if __name__ == "__main__":

@@ -180,7 +180,13 @@ class Engine:
             shapes: anything that changes when the batches' shapes do, the same on every rank.
         """
         self._expect(shapes)
-        return float(self.engine.train_batch(data_iter=batches))
+        loss = float(self.engine.train_batch(data_iter=batches))
+        # DeepSpeed keeps the last outputs and loss, and its hooks on these keep the engine: a circle through C++ that no
+        # garbage collector sees. A process that trains again would keep the model and the threads of every run before.
+        outputs = self.engine.pipe_buffers["outputs"]
+        outputs[:] = [None] * len(outputs)
+        self.engine.loss = None
+        return loss
 
     def evaluate(self, batches: Iterator[Any], count: int, shapes: Any) -> float:
         """Mean loss over `count` micro-batches, without gradients."""

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from common import with_parent
 from common.errors import UserError
 from common.files import hash_file, hash_json, write_text_atomic
 from dataset.images import write_png
@@ -151,7 +152,7 @@ def _in_processes(units: Sequence[Unit], jobs: int, say: Callable[[str], None]) 
     for number in range(jobs):
         numbers.put(number)
     gpus = torch.cuda.device_count()
-    with ProcessPoolExecutor(jobs, context, _start_process, (numbers, gpus)) as pool:
+    with ProcessPoolExecutor(jobs, context, _start_process, (numbers, gpus, os.getpid())) as pool:
         waiting = [pool.submit(run_unit, unit) for unit in units]
         try:
             for done in as_completed(waiting):
@@ -161,8 +162,12 @@ def _in_processes(units: Sequence[Unit], jobs: int, say: Callable[[str], None]) 
             raise
 
 
-def _start_process(numbers: Any, gpus: int) -> None:
-    """Threads of a process would fight with the other processes over the cores; GPUs are dealt out in turn."""
+def _start_process(numbers: Any, gpus: int, parent: int) -> None:
+    """Threads of a process would fight with the other processes over the cores; GPUs are dealt out in turn.
+
+    If the benchmark is killed its processes end, too; they would wait for work for ever.
+    """
+    with_parent.end_with(parent)
     number = numbers.get()
     torch.set_num_threads(1)
     if gpus:

@@ -6,9 +6,12 @@ import base64
 import html
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -356,6 +359,35 @@ def test_processes_side_by_side_fill_one_file(tmp_path: Path, tiny_wan: Path) ->
     overrides = [f"suite.checkpoint={tiny_wan}", 'suite.methods=["source", "tracked_paste"]', "suite.jobs=2"]
     results = suite.run_suite(overrides, quick=True, out=tmp_path)
     assert len(lines(tmp_path)) == len(results.records) == 2 * len(QUICK)
+
+
+BENCHMARK_WITH_ONE_PROCESS = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from loraedit_ext.evaluation import suite
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    numbers = context.SimpleQueue()
+    numbers.put(0)
+    with ProcessPoolExecutor(1, context, suite._start_process, (numbers, 0, os.getpid())) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        time.sleep(1000)
+"""
+
+
+def test_a_killed_benchmark_leaves_no_process_behind(tmp_path: Path) -> None:
+    """They once waited for work for ever."""
+    script = tmp_path / "benchmark.py"
+    script.write_text(BENCHMARK_WITH_ONE_PROCESS)
+    environment = os.environ | {"PYTHONPATH": str(Path(suite.__file__).parents[2])}
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment) as benchmark:
+        worker = Path("/proc") / benchmark.stdout.readline().strip()
+        assert worker.is_dir()
+        benchmark.kill()
+    deadline = time.monotonic() + 60
+    while worker.is_dir() and "State:\tZ" not in (worker / "status").read_text():
+        assert time.monotonic() < deadline, "the process is still there"
+        time.sleep(0.05)
 
 
 def test_quick_scores_are_what_a_guard_needs(tmp_path: Path, tiny_wan: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
@@ -50,6 +51,19 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(edit_folder):
     assert edit_folder.losses(0) == edit_folder.losses(1)
     assert edit_folder.losses(0) != edit_folder.losses(2)
     assert_same(lora_of(edit_folder.runs()[0], 6), lora_of(edit_folder.runs()[1], 6))
+
+
+def in_memory():
+    gc.collect()
+    names = [type(thing).__name__ for thing in gc.get_objects()]
+    return {name: names.count(name) for name in ("Trainer", "PipelineEngine", "WanTransformer")}
+
+
+def test_a_finished_run_is_gone_from_memory(edit_folder):
+    """Model, optimizer and engine once stayed for as long as the process: a benchmark grew with each LoRA it trained."""
+    before = in_memory()
+    train(edit_folder)
+    assert all(count <= before[name] for name, count in in_memory().items())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "Prodigy"])
