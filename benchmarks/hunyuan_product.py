@@ -167,7 +167,7 @@ class Scene:
             self.train(model, transformer, case)
         condition, forward = self.conditions[case.form], partial(_forward, transformer)
         settings = self.setup.edit_settings(case.seed)
-        latents = sample_latents(model, forward, [condition], [0.0], condition["known"].shape, settings, CPU, case.row)
+        latents = sample_latents(model, forward, [(condition, 0.0)], condition["known"].shape, settings, CPU, case.row)
         frames = regimes.to_pixels(model.decode_video(latents))
         write_atomic(case.path(self.setup.out), lambda path: _save(path, frames))
 

@@ -174,7 +174,7 @@ class EditSettings(Settings):
     """Classifier-free guidance; 1 switches it off and halves the cost. HunyuanVideo: 1, its guidance is embedded."""
     source_guidance: float = Field(1.0, ge=1)
     """Leads the edit away from what the LoRA makes of the source's own first frame, where that look shows through; 1 switches
-    it off and saves a pass. On the tiny model 2 was best; untested on released ones. See docs/editing.md."""
+    it off and saves a pass. On the tiny model 1.5 to 2 did best; untested on released ones. See docs/editing.md."""
     embedded_guidance: float | None = Field(None, ge=0)
     """HunyuanVideo: guidance that is embedded; default 6, as released. Wan has no such input."""
     shift: float = Field(5.0, gt=0)

@@ -17,7 +17,7 @@ from loraedit_ext import guidance, lora, masks, regimes
 from loraedit_ext.config import RunConfig
 from loraedit_ext.encode import encode
 from loraedit_ext.pipeline import autocast
-from loraedit_ext.sampling import Forward, composite, sample_latents
+from loraedit_ext.sampling import Forward, finished, sample_latents
 from models.base import I2VModel
 
 
@@ -55,19 +55,15 @@ class Editor:
         started = time.perf_counter()
         settings = self.config.edit
         passes = guidance.passes(job, settings, self.config.mask_rule)
-        conditions = guidance.conditions(passes, {each.sample.name: encode(self.model, each.sample) for each in passes})
+        told = guidance.told(passes, {each.sample.name: encode(self.model, each.sample) for each in passes})
         self.model.free_encoders()
         shape = self.model.geometry.latent_shape(*job.frames.shape[:3])
         forward = self._forward(self._load_transformer())
-        weights = [each.weight for each in passes]
-        latents = sample_latents(self.model, forward, conditions, weights, shape, settings, self.device, "editing")
+        latents = sample_latents(self.model, forward, told, shape, settings, self.device, "editing")
         del forward
         generated = regimes.to_pixels(self.model.decode_video(latents))
         self.model.free_encoders()
-        frames = generated
-        if settings.composite:
-            preserve = masks.with_first_frame(regimes.preserve_mask(job)).numpy()
-            frames = composite(regimes.with_first_edit(job), generated, preserve, settings.feather)
+        frames = finished(job, generated, settings)
         facts = {
             "seconds": round(time.perf_counter() - started, 2), "tokens": _tokens(shape),
             "loras": [{"path": str(each.path), "sha256": hash_file(each.path), "strength": strength}

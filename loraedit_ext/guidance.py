@@ -22,14 +22,18 @@ from loraedit_ext import masks, regimes
 from loraedit_ext.config import EditSettings
 from loraedit_ext.encode import Unconditional
 
+Weight = Tensor | float
+"""Of the edit's velocity less a pass's: a number, or one for each latent (1, T, h, w). Of the edit itself: 0."""
+Told = tuple[dict[str, Tensor], Weight]
+"""A pass when it is encoded: conditioning without batch axis, and weight."""
+
 
 @dataclass(frozen=True)
 class Pass:
     """One of the passes of a sampling step."""
 
     sample: Triple | Unconditional
-    weight: Tensor | float
-    """Of the edit's velocity less this pass's: a number, or one for each latent (1, T, h, w). Of the edit itself: 0."""
+    weight: Weight
 
 
 def passes(job: EditJob, settings: EditSettings, rule: masks.MaskRule, name: str = "edit") -> list[Pass]:
@@ -54,13 +58,13 @@ def passes(job: EditJob, settings: EditSettings, rule: masks.MaskRule, name: str
     return found
 
 
-def conditions(planned: Sequence[Pass], encoded: Mapping[str, EncodedTriple]) -> list[dict[str, Tensor]]:
-    """Conditioning of every pass, by the names of their samples; what a pass does not say is as in the edit."""
+def told(planned: Sequence[Pass], encoded: Mapping[str, EncodedTriple]) -> list[Told]:
+    """What every pass is told, by the names of their samples; what a pass does not say is as in the edit."""
     edit = encoded[planned[0].sample.name].condition
-    return [edit | encoded[each.sample.name].condition for each in planned]
+    return [(edit | encoded[each.sample.name].condition, each.weight) for each in planned]
 
 
-def combined(velocities: Sequence[Tensor], weights: Sequence[Tensor | float]) -> Tensor:
+def combined(velocities: Sequence[Tensor], weights: Sequence[Weight]) -> Tensor:
     """The velocity to follow, (B, C, T, h, w), of those of the passes and their weights, the edit first."""
     edit = velocities[0]
     return edit + sum(weight * (edit - other) for weight, other in zip(weights[1:], velocities[1:], strict=True))

@@ -14,12 +14,12 @@ from dataset.job import EditedFrame, EditJob
 from dataset.resize import Fit, Grid, fit
 from dataset.triple import EncodedTriple, Triple
 from dataset.video_writer import write_mp4
-from loraedit_ext import masks, regimes
+from loraedit_ext import regimes
 from loraedit_ext.config import EditSettings, PreviewSettings, RunConfig
 from loraedit_ext.encode import Unconditional
-from loraedit_ext.guidance import Pass, conditions, passes
+from loraedit_ext.guidance import Pass, passes, told
 from loraedit_ext.metrics import Clip
-from loraedit_ext.sampling import Forward, composite, sample_latents
+from loraedit_ext.sampling import Forward, finished, sample_latents
 from models.base import Geometry, I2VModel
 
 FOLDER = "previews"
@@ -116,14 +116,13 @@ class Previewer:
         self, preview: Preview, model: I2VModel, samples: Mapping[str, EncodedTriple], device: torch.device
     ) -> None:
         self.preview, self.model, self.device = preview, model, device
-        self.conditions = conditions(preview.passes, samples)
+        self.told = told(preview.passes, samples)
         self.shape = model.geometry.latent_shape(*preview.shape)
 
     def sample(self, forward: Forward) -> Tensor:
         """Latents (C, T, h, w) of the edit; every process of a pipeline takes part."""
-        weights = [each.weight for each in self.preview.passes]
         return sample_latents(
-            self.model, forward, self.conditions, weights, self.shape, self.preview.settings, self.device, "preview"
+            self.model, forward, self.told, self.shape, self.preview.settings, self.device, "preview"
         )
 
     def write(self, latents: Tensor, path: Path) -> Clip:
@@ -133,8 +132,6 @@ class Previewer:
             frames = regimes.to_pixels(self.model.decode_video(latents))
         finally:
             self.model.free_encoders()
-        if settings.composite:
-            preserve = masks.with_first_frame(regimes.preserve_mask(job)).numpy()
-            frames = composite(regimes.with_first_edit(job), frames, preserve, settings.feather)
+        frames = finished(job, frames, settings)
         write_mp4(path, frames, job.fps)
         return Clip(path, np.ascontiguousarray(frames))

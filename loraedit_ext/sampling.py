@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from common.progress import progress, stepping
-from loraedit_ext import flow, guidance
+from dataset.job import EditJob
+from loraedit_ext import flow, guidance, masks, regimes
 from loraedit_ext.config import EditSettings
 from models.base import I2VModel
 
@@ -20,14 +21,14 @@ Forward = Callable[[tuple[Tensor, ...], int], Tensor]
 
 @torch.no_grad()
 def sample_latents(
-    model: I2VModel, forward: Forward, conditions: Sequence[dict[str, Tensor]], weights: Sequence[Tensor | float],
-    shape: tuple[int, ...], settings: EditSettings, device: torch.device, title: str,
+    model: I2VModel, forward: Forward, passes: Sequence[guidance.Told], shape: tuple[int, ...],
+    settings: EditSettings, device: torch.device, title: str,
 ) -> Tensor:
     """Sample an edit with a generator of its own, so that no other random state moves.
 
     Args:
         forward: the transformer, in evaluation mode.
-        conditions, weights: conditioning without batch axis and weight of every pass (`loraedit_ext.guidance`), the edit first.
+        passes: what each is told, the edit first (`loraedit_ext.guidance`).
         shape: (C, T, h, w).
         title: of the progress bar.
 
@@ -35,8 +36,8 @@ def sample_latents(
         Normalised latents (C, T, h, w), fp32 on the CPU.
     """
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(settings.seed)).to(device)
-    batched = [{name: tensor[None].to(device) for name, tensor in condition.items()} for condition in conditions]
-    weights = [weight.to(device) if isinstance(weight, Tensor) else weight for weight in weights]
+    batched = [{name: tensor[None].to(device) for name, tensor in condition.items()} for condition, _ in passes]
+    weights = [weight.to(device) if isinstance(weight, Tensor) else weight for _, weight in passes]
     embedded = settings.embedded_guidance or 1.0
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
@@ -51,6 +52,14 @@ def sample_latents(
     with progress(settings.steps, title, unit="step", leave=False) as bar:
         x = flow.sample(predict, start, sigmas, settings.sampler, on_step=lambda _i, _x: bar.update() and None)
     return model.final_latents(x, batched[0])[0].cpu()
+
+
+def finished(job: EditJob, generated: np.ndarray, settings: EditSettings) -> np.ndarray:
+    """The frames of an edit as [edit] wants them, from the generated ones: composited, or as they are."""
+    if not settings.composite:
+        return generated
+    preserve = masks.with_first_frame(regimes.preserve_mask(job)).numpy()
+    return composite(regimes.with_first_edit(job), generated, preserve, settings.feather)
 
 
 def composite(kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray, feather: int) -> np.ndarray:

@@ -61,9 +61,11 @@ def test_classifier_free_guidance_is_told_the_negative_prompt_and_nothing_else_c
     assert (negative.sample.prompt, negative.weight) == ("blurry", 4)
     names = [each.sample.name for each in planned]
     assert names == ["edit", "edit-negative", "edit-source"]
-    told = ({"y": 0, "text": 0}, {"text": 1}, {"y": 2, "text": 2})
-    encoded = {name: EncodedTriple(name, None, words) for name, words in zip(names, told, strict=True)}
-    assert guidance.conditions(planned, encoded) == [{"y": 0, "text": 0}, {"y": 0, "text": 1}, {"y": 2, "text": 2}]
+    words = ({"y": 0, "text": 0}, {"text": 1}, {"y": 2, "text": 2})
+    encoded = {name: EncodedTriple(name, None, each) for name, each in zip(names, words, strict=True)}
+    conditions, weights = zip(*guidance.told(planned, encoded), strict=True)
+    assert conditions == ({"y": 0, "text": 0}, {"y": 0, "text": 1}, {"y": 2, "text": 2})
+    assert all(weight is each.weight for weight, each in zip(weights, planned, strict=True))
 
 
 def test_a_job_without_edited_first_frame_is_refused(edit_folder):
