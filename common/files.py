@@ -19,7 +19,8 @@ _CHUNK = 1 << 20
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; rename it to `path` only when the block succeeds.
 
-    An interrupted or failing write leaves `path` as it was and no debris.
+    An interrupted or failing write leaves `path` as it was and no debris. Whoever may read a new file of this process may
+    read the result: safetensors writes for the owner alone, and a LoRA is often used by another account.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -27,7 +28,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
+        partial.chmod(mode)
         _sync(partial)
         os.replace(partial, path)
     except OSError as error:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from common.errors import ErrorCollector, UserError, UserErrors
 from common.files import atomic_path, hash_json, write_atomic, write_json_atomic, write_text_atomic
@@ -34,6 +37,17 @@ def test_the_final_name_appears_only_when_the_content_is_whole(tmp_path):
     assert target.read_text() == "whole"
 
 
+def test_weights_may_be_read_by_whom_the_umask_lets(tmp_path):
+    """safetensors itself writes for the owner alone."""
+    for mask, mode in ((0o022, 0o644), (0o027, 0o640)):
+        before = os.umask(mask)
+        try:
+            write_atomic(tmp_path / f"{mode}.safetensors", lambda partial: save_file({"a": torch.zeros(2)}, partial))
+        finally:
+            os.umask(before)
+        assert (tmp_path / f"{mode}.safetensors").stat().st_mode & 0o777 == mode
+
+
 def test_a_full_disk_is_one_message_with_the_file(tmp_path):
     target = tmp_path / "x.bin"
 
@@ -51,6 +65,7 @@ def test_a_real_full_device_is_reported(tmp_path):
         pytest.skip("this system has no /dev/full")
 
     def write_to_full_device(partial: Path) -> None:
+        partial.unlink()
         partial.symlink_to("/dev/full")
         partial.write_text("data")
 
