@@ -7,18 +7,31 @@ import torch
 from torch import Tensor
 
 from loraedit_ext.evaluation.rendering import render
-from loraedit_ext.evaluation.scenes import Scene, random_scene
+from loraedit_ext.evaluation.scenes import Scene, random_scene, slowed
 from loraedit_ext.evaluation.textures import Array
 
 FRAMES = 13
 SIZE = 64
 HELD_OUT = 10_000_000  # scene seeds below this are never trained on: benchmarks and validation draw from there
 _SEEDS = 2**40
+_SLOWEST = 0.1  # share of its motion that the slowest clip goes through
 
 
 def training_seed(rng: np.random.Generator) -> int:
     """A scene seed that no held-out list contains."""
     return int(rng.integers(HELD_OUT, _SEEDS))
+
+
+def at_some_pace(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene slowed down, by more than half as a rule: most seconds of film are calm."""
+    return slowed(scene, _SLOWEST + (1 - _SLOWEST) * rng.random() ** 2)
+
+
+def held_out_scene(seed: int) -> Scene:
+    """A validation scene at a pace that its seed fixes."""
+    if seed >= HELD_OUT:
+        raise ValueError(f"seed = {seed}: held-out scenes lie below {HELD_OUT}")
+    return at_some_pace(random_scene(seed), np.random.default_rng([seed, 0x9ACE]))
 
 
 def scene_video(scene: Scene, frames: int = FRAMES, size: int = SIZE) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from common.files import write_json_atomic
 from loraedit_ext import flow
 from loraedit_ext.evaluation.captions import caption
-from loraedit_ext.evaluation.scenes import Scene, random_scene
+from loraedit_ext.evaluation.scenes import Scene
 from models.base import TIMESTEPS
 from models.wan.checkpoint import WanCheckpoint
 from models.wan.encoders import WanImageEncoder, WanTextEncoder, WanVAE
@@ -73,7 +73,7 @@ class TinyModel:
 
 def held_out(count: int, first: int = 0) -> list[tuple[Scene, Tensor]]:
     """Scenes that no training run sees, with their videos."""
-    scenes = [random_scene(first + index) for index in range(count)]
+    scenes = [clips.held_out_scene(first + index) for index in range(count)]
     return [(scene, clips.scene_video(scene)) for scene in scenes]
 
 

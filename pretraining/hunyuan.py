@@ -113,8 +113,8 @@ class HunyuanTraining(TransformerTraining):
     """Flow matching on the tiny Wan's latent pool."""
 
     @staticmethod
-    def fresh(seed: int) -> HunyuanTransformer:
-        return build(tiny_config(), seed)
+    def fresh(options: Options) -> HunyuanTransformer:
+        return build(tiny_config(), options.seed)
 
     compute = staticmethod(trunk)
 

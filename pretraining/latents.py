@@ -107,13 +107,8 @@ def training_scenes(shard: int, count: int = SHARD, seed: int = 0) -> list[tuple
     while len(drawn) < count:
         scene = random_scene(clips.training_seed(rng))
         drawn += [scene, *(another_future(scene, clips.training_seed(rng)) for _ in range(FUTURES - 1))]
+    drawn = [clips.at_some_pace(scene, rng) for scene in drawn]
     return [(scene, caption(scene, motion=bool(rng.random() > _STILL_CAPTIONS))) for scene in drawn]
-
-
-def held_out_scenes(count: int, first: int = 0) -> list[tuple[Scene, str]]:
-    """Validation scenes with full captions."""
-    scenes = [random_scene(first + index) for index in range(count)]
-    return [(scene, caption(scene)) for scene in scenes]
 
 
 def fill(
@@ -125,7 +120,7 @@ def fill(
         path = out / f"{shard:05d}.safetensors"
         if path.exists():
             continue
-        if minutes and time.monotonic() - started > 60 * minutes:
+        if minutes is not None and time.monotonic() - started > 60 * minutes:
             break
         tensors = vars(encode(training_scenes(shard)))
         write_atomic(path, partial(save_file, tensors))

@@ -147,7 +147,7 @@ def run(training: Training) -> None:
         if now - saved > options.save_seconds:
             save(training)
             saved = now
-        if options.minutes and now - started > 60 * options.minutes:
+        if options.minutes is not None and now - started > 60 * options.minutes:
             break
     save(training)
     reporter.note(training.step, training.evaluate(final=True))

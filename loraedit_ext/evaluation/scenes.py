@@ -155,6 +155,26 @@ def another_future(scene: Scene, seed: int) -> Scene:
     return replace(scene, pan=pan, objects=tuple(_other_motion(rng, item) for item in scene.objects))
 
 
+def slowed(scene: Scene, pace: float) -> Scene:
+    """The same first frame and the same ways from it, gone through as far as clip time `pace` only; pans too."""
+    return replace(scene, pan=_scaled(scene.pan, pace), objects=tuple(
+        replace(item, motion=_slowed(item.motion, pace)) for item in scene.objects
+    ))
+
+
+def _slowed(motion: Motion, pace: float) -> Motion:
+    """A line is left halfway, arcs and swings run through less of their angle."""
+    line = motion.path == "line"
+    return replace(
+        motion, travel=_scaled(motion.travel, pace) if line else motion.travel, curl=motion.curl * pace,
+        spin=motion.spin * pace, growth=motion.growth * pace, wobbles=motion.wobbles * pace, turn=motion.turn * pace,
+    )
+
+
+def _scaled(vector: Vector, factor: float) -> Vector:
+    return vector[0] * factor, vector[1] * factor
+
+
 def _other_motion(rng: np.random.Generator, item: SceneObject) -> SceneObject:
     """The same pose at first, another way from there, mostly towards the middle."""
     motion = _motion(rng, "mixed")

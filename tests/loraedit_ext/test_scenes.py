@@ -19,6 +19,7 @@ from loraedit_ext.evaluation.scenes import (
     edit,
     random_edit,
     random_scene,
+    slowed,
 )
 from loraedit_ext.evaluation.textures import PATTERNS, TILES, Texture, sample
 
@@ -151,6 +152,15 @@ def test_another_future_shares_the_first_frame_only() -> None:
         first, second = render(scene), render(another_future(scene, seed))
         np.testing.assert_allclose(first.video[0], second.video[0], atol=1e-4)
         assert np.abs(first.video[-1] - second.video[-1]).max() > 0.1
+
+
+def test_a_slowed_scene_is_the_beginning_of_the_scene_drawn_out() -> None:
+    for seed in SEEDS:
+        scene = random_scene(seed)
+        whole, half = render(scene, frames=25), render(slowed(scene, 0.5), frames=13)
+        np.testing.assert_allclose(half.alpha, whole.alpha[:, :13], atol=1e-3)
+        np.testing.assert_allclose(half.video, whole.video[:13], atol=1e-2)
+        assert slowed(scene, 1.0) == scene
 
 
 @pytest.mark.parametrize("kind", KINDS)

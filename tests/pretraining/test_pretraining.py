@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from common.errors import UserError
+from loraedit_ext import flow
 from loraedit_ext.evaluation.captions import VOCABULARY
+from loraedit_ext.evaluation.scenes import random_scene
 from models.wan.checkpoint import WanCheckpoint
 from models.wan.save import write_checkpoint
 from pretraining import (
@@ -22,6 +24,7 @@ from pretraining import (
     latents,
     loop,
     sensitivity,
+    sharpen,
     transformer,
     vae,
     wholeclip,
@@ -107,6 +110,18 @@ def test_freezing_normalises_the_latents_and_keeps_the_pictures(
 def test_training_and_held_out_seeds_never_meet() -> None:
     rng = clips.np.random.default_rng(0)
     assert min(clips.training_seed(rng) for _ in range(1000)) >= clips.HELD_OUT
+
+
+def test_most_training_clips_are_calm_and_some_are_not() -> None:
+    speeds = [abs(item.motion.turn) for seed in range(400) for item in clips.held_out_scene(seed).objects]
+    turning = sorted(speed for speed in speeds if speed)
+    fastest = sorted(abs(i.motion.turn) for seed in range(400) for i in random_scene(seed).objects if i.motion.turn)
+    assert len(turning) == len(fastest)
+    assert 0.2 < sum(turning) / sum(fastest) < 0.6  # 0.4 on average
+    assert turning[-1] > 0.8 * fastest[-1]
+    assert clips.held_out_scene(3) == clips.held_out_scene(3)
+    with pytest.raises(ValueError, match="held-out scenes lie below"):
+        clips.held_out_scene(clips.HELD_OUT)
 
 
 def test_conditions_are_frame_zero_then_grey(videos: torch.Tensor) -> None:
@@ -233,6 +248,47 @@ def test_a_run_starts_from_the_weights_of_a_shallower_model(pool: Path, tmp_path
     training = transformer.TransformerTraining(replace(options(pool, tmp_path, 1), start=tmp_path / "start.pt"))
     assert depth(training.model.state_dict()) == transformer.tiny_config().num_layers
     assert torch.equal(training.model.blocks[0].self_attn.q.weight, shallow.blocks[0].self_attn.q.weight)
+
+
+@pytest.fixture
+def sharpening(pool: Path, tmp_path: Path) -> sharpen.Options:
+    """A teacher of two blocks, and a worse one of one block."""
+    for seed, (name, blocks) in enumerate((("best", 2), ("worse", 1))):
+        model = transformer.build(replace(transformer.tiny_config(), num_layers=blocks), seed)
+        torch.nn.init.normal_(model.head.head.weight, std=0.05)
+        torch.save(model.state_dict(), tmp_path / f"{name}.pt")
+    return sharpen.Options(
+        out=tmp_path, steps=100, lr=5e-3, latents=pool, batch=2, blocks=2,
+        start=tmp_path / "best.pt", worse=tmp_path / "worse.pt",
+    )
+
+
+def test_sharpening_leads_from_the_worse_models_prediction_through_the_better_ones(sharpening: sharpen.Options) -> None:
+    training = sharpen.Sharpening(sharpening)
+    clips, t = training.pool.take(torch.arange(2)), torch.tensor([0.3, 0.8])
+    noise = torch.randn(clips.video.shape, generator=torch.Generator().manual_seed(0))
+    noisy = flow.add_noise(clips.video, noise, t)
+    better, worse = (training.predict(m, noisy, t, clips, training.compute) for m in (training.teacher, training.worse))
+    found = training.target(noisy, t, clips, flow.velocity(clips.video, noise))
+    torch.testing.assert_close(found, 2 * better - worse)
+    assert (better - worse).abs().max() > 0.1
+
+
+def test_sharpening_starts_at_the_teacher_and_learns_the_guided_prediction(sharpening: sharpen.Options) -> None:
+    assert sharpen.Sharpening(replace(sharpening, guidance=1.0)).train_step()["loss"] == 0
+    training = sharpen.Sharpening(sharpening)
+    before = training.evaluate(final=False)["validation"]
+    fixed = [weight.clone() for model in (training.teacher, training.worse) for weight in model.parameters()]
+    for _ in range(20):
+        training.train_step()
+    assert training.evaluate(final=True)["validation"] < 0.8 * before
+    after = [weight for model in (training.teacher, training.worse) for weight in model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(fixed, after, strict=True))
+
+
+def test_sharpening_without_a_start_is_explained(sharpening: sharpen.Options) -> None:
+    with pytest.raises(UserError, match="--start"):
+        sharpen.Sharpening(replace(sharpening, start=None))
 
 
 def test_sensitivity_is_the_effect_of_a_small_change_of_each_channel(

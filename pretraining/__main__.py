@@ -1,0 +1,89 @@
+"""Trains the tiny model from nothing: `python -m pretraining --out DIR [--minutes M]`.
+
+Runs the commands of this package one after the other and prints each as it could be typed. Stop it when you like; run
+again, it goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from common import with_parent
+
+_TIMED = ("vae", "latents", "transformer", "sharpen")
+"""Commands that take --minutes; the others take seconds."""
+
+
+def recipe(out: Path, scale: float, device: str, compiled: bool) -> list[str]:
+    """The commands without their `python -m pretraining.`
+
+    Args:
+        out: folder of everything made.
+        scale: share of all steps and clips.
+        device: where to compute.
+        compiled: use torch.compile.
+    """
+
+    def count(full: int) -> int:
+        return max(2, round(full * scale))
+
+    to, on = shlex.quote(str(out)), f"--device {device}"
+    training = f"{on} --compile" if compiled else on
+    pool = f"--latents {to}/latents --vae {to}/frozen.pt --batch 32 {training}"
+    return [
+        f"vae --out {to}/vae --steps {count(3500)} {training}",
+        f"freeze --vae {to}/vae/vae.pt --out {to}/frozen.pt --clips {count(256)}",
+        f"latents --vae {to}/frozen.pt --out {to}/latents --shards {count(450)} {on}",
+        f"transformer --out {to}/transformer --steps {count(24000)} {pool}",
+        f"transformer --out {to}/worse --steps {count(6000)} --blocks 6 {pool}",
+        f"sharpen --start {to}/transformer/transformer.pt --worse {to}/worse/transformer.pt "
+        f"--out {to}/sharp --steps {count(1500)} {pool}",
+        f"vae --out {to}/decoder --start {to}/frozen.pt --decoder-only --steps {count(3000)} {training}",
+        f"export --vae {to}/decoder/vae.pt --transformer {to}/sharp/transformer.pt --out {to}/tiny-wan-i2v",
+        f"evaluate {to}/tiny-wan-i2v --out {to}/evaluation --clips {count(64)} --rows {count(10)} {on}",
+    ]
+
+
+def run(commands: list[str], minutes: float | None) -> bool:
+    """Run them in order; False if the time was up before the last."""
+    end = time.monotonic() + 60 * minutes if minutes is not None else None
+    for words in map(shlex.split, commands):
+        if end is not None and words[0] in _TIMED:
+            left = (end - time.monotonic()) / 60
+            if left <= 0:
+                return False
+            words += ["--minutes", f"{left:.2f}"]
+        program = [sys.executable, "-m", f"pretraining.{words[0]}", *words[1:]]
+        print("\n$", shlex.join(["python", *program[1:]]), flush=True)
+        subprocess.run(with_parent.command(program), check=True)
+        if end is not None and time.monotonic() > end:
+            return False
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m pretraining", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of everything made, about a gigabyte")
+    parser.add_argument("--minutes", type=float, help="stop after this long; run again to go on")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="share of all steps and clips; 0.001 tries everything out"
+    )
+    parser.add_argument("--compile", action="store_true", help="use torch.compile")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    try:
+        finished = run(recipe(options.out, options.scale, options.device, options.compile), options.minutes)
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(error.returncode) from None
+    print(f"\n{options.out}/tiny-wan-i2v" if finished else "\nTime is up; run the same command again to go on.")
+
+
+if __name__ == "__main__":
+    main()
