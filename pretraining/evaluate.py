@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of metrics.json and the sheets")
     parser.add_argument("--clips", type=int, default=64, help="held-out clips to measure on")
     parser.add_argument("--rows", type=int, default=10, help="scenes on the sheets")
-    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--guidance", type=float, default=1.0, help="by captions")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     loop.one_thread(options.device)

@@ -9,11 +9,11 @@ Broken on purpose, one at a time, all in dB (still / panning task; whole: what i
 
 | broken | what failed | whole | broken |
 |---|---|---|---|
-| polarity: `masks.from_grey` takes black for edit | motion, nearer to edit than source | 2.0 / 0.4 | -11.1 / -10.6 |
-| packing: `masks.wan_channels` mixes up frames and channels | naive, background | 39.4 / 38.8 | 35.9 / 35.7 |
-| normalisation: `WanVAE.encode` returns latents as they are | appearance, background | 36.2 / 36.1 | 17.1 / 17.8 |
-| scheduler shift: `flow.inference_sigmas` leaves it out | appearance, background | 36.2 / 36.1 | 35.8 / 35.6 |
-| LoRA scale: `lora.save` leaves alpha / rank out | appearance, background | 36.2 / 36.1 | 25.1 / 26.1 |
+| polarity: `masks.from_grey` takes black for edit | motion, nearer to edit than source | 2.3 / 0.5 | -11.4 / -10.8 |
+| packing: `masks.wan_channels` mixes up frames and channels | naive, background | 39.4 / 39.1 | 36.8 / 35.4 |
+| normalisation: `WanVAE.encode` returns latents as they are | appearance, background | 36.7 / 36.5 | 17.0 / 17.9 |
+| scheduler shift: `flow.inference_sigmas` leaves it out | appearance, background | 36.7 / 36.5 | 36.2 / 36.2 |
+| LoRA scale: `lora.save` leaves alpha / rank out | appearance, background | 36.7 / 36.5 | 24.3 / 25.4 |
 """
 
 from __future__ import annotations
