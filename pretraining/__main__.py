@@ -7,6 +7,7 @@ again, it goes on from there.
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import subprocess
 import sys
@@ -53,18 +54,16 @@ def recipe(out: Path, scale: float, device: str, compiled: bool) -> list[str]:
 
 def run(commands: list[str], minutes: float | None) -> bool:
     """Run them in order; False if the time was up before the last."""
-    end = time.monotonic() + 60 * minutes if minutes is not None else None
+    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
     for words in map(shlex.split, commands):
-        if end is not None and words[0] in _TIMED:
-            left = (end - time.monotonic()) / 60
-            if left <= 0:
-                return False
-            words += ["--minutes", f"{left:.2f}"]
+        left = (end - time.monotonic()) / 60
+        if left <= 0:
+            return False
+        if words[0] in _TIMED and minutes is not None:
+            words += ["--minutes", f"{left:.4f}"]
         program = [sys.executable, "-m", f"pretraining.{words[0]}", *words[1:]]
         print("\n$", shlex.join(["python", *program[1:]]), flush=True)
         subprocess.run(with_parent.command(program), check=True)
-        if end is not None and time.monotonic() > end:
-            return False
     return True
 
 
