@@ -57,6 +57,9 @@ class ModelSettings(Settings):
     transformer_dtype: StorageDType | None = None
     """Storage dtype of the frozen transformer; default: `dtype`. float8: the blocks' linears in e4m3 with a scale per row
     (8-bit files stay as they are), the rest as `dtype`."""
+    vae_dtype: DType = "float32"
+    """dtype of the VAE. bfloat16 halves its memory, and its time too where the processor computes in bf16; latents are cached
+    for each apart."""
     timestep_sample_method: TimestepMethod = "logit_normal"
     sigmoid_scale: float = Field(1.0, gt=0)
     """Width of the logit-normal distribution."""

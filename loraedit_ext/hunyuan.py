@@ -16,8 +16,11 @@ class MaskedHunyuan(HunyuanI2V):
     With the first-frame mask it equals its base bit for bit.
     """
 
-    def __init__(self, checkpoint: HunyuanCheckpoint, device: torch.device, rule: masks.MaskRule = "all") -> None:
-        super().__init__(checkpoint, device)
+    def __init__(
+        self, checkpoint: HunyuanCheckpoint, device: torch.device, rule: masks.MaskRule = "all", *,
+        vae_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(checkpoint, device, vae_dtype=vae_dtype)
         self.rule = rule
 
     def known_region(self, video: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

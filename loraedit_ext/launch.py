@@ -45,7 +45,7 @@ def build_model(config: RunConfig, device: torch.device) -> I2VModel:
     checkpoint = open_checkpoint.open(
         settings.ckpt_path, settings.transformer_path, settings.vae_path, settings.llm_path, settings.clip_path
     )
-    return masked(checkpoint, device, config.mask_rule)
+    return masked(checkpoint, device, config.mask_rule, vae_dtype=getattr(torch, settings.vae_dtype))
 
 
 def open_job(config: RunConfig, model: I2VModel) -> EditJob:

@@ -71,7 +71,7 @@ class Checkpoint(Protocol):
 
     def identity(self) -> dict[str, Any]: ...
 
-    def load_vae(self, device: torch.device) -> Any: ...
+    def load_vae(self, device: torch.device, dtype: torch.dtype) -> Any: ...
 
     def load_text_encoder(self, device: torch.device) -> Any: ...
 
@@ -89,6 +89,7 @@ class I2VModel(ABC):
     Args:
         checkpoint: where the weights are; nothing is read before it is needed.
         device: of the encoders.
+        vae_dtype: what the VAE's weights are stored in and computed with.
     """
 
     family: ClassVar[str]
@@ -105,9 +106,12 @@ class I2VModel(ABC):
     """Regular expression of the blocks' linears, nearly all of the weights: these alone may be stored in 8 bits."""
     geometry: Geometry
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, *, vae_dtype: torch.dtype = torch.float32
+    ) -> None:
         self.checkpoint = checkpoint
         self.device = device
+        self.vae_dtype = vae_dtype
         self._encoders: dict[str, Any] = {}
 
     def encoder(self, name: str, load: Callable[[torch.device], Any]) -> Any:
@@ -129,7 +133,7 @@ class I2VModel(ABC):
 
     @property
     def vae(self) -> Any:
-        return self.encoder("vae", self.checkpoint.load_vae)
+        return self.encoder("vae", lambda device: self.checkpoint.load_vae(device, self.vae_dtype))
 
     @property
     def text_encoder(self) -> Any:
@@ -145,7 +149,8 @@ class I2VModel(ABC):
 
     def encoder_identity(self) -> dict[str, Any]:
         """JSON identity of everything that shapes encoded triples; part of the latent cache's key."""
-        return self.checkpoint.identity()
+        rounded = {} if self.vae_dtype == torch.float32 else {"vae_dtype": str(self.vae_dtype)}
+        return self.checkpoint.identity() | rounded
 
     def encode_video(self, video: Tensor) -> Tensor:
         """(3, F, H, W) in [-1, 1] -> normalised latents (C, T, h, w), fp32 on the CPU."""
