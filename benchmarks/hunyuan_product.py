@@ -82,8 +82,8 @@ class TinyHunyuan(HunyuanTransformerFiles):
 
     wan: Path = WAN
 
-    def load_vae(self, device: torch.device) -> WanVAE:
-        return WanCheckpoint.open(self.wan).load_vae(device)
+    def load_vae(self, device: torch.device, dtype: torch.dtype) -> WanVAE:
+        return WanCheckpoint.open(self.wan).load_vae(device, dtype)
 
     def load_text_encoder(self, device: torch.device) -> Words:
         return Words(WanCheckpoint.open(self.wan).load_text_encoder(device))
