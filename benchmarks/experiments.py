@@ -40,16 +40,16 @@ def _variants(question: str, *overrides: str, methods: tuple[str, ...] = TRAINED
 DEFAULT = Variant("settings of the benchmark", "as they are", (), WITH_NAIVE)
 VARIANTS = (
     DEFAULT,
-    *_variants("learning rate", "optimizer.lr=2e-4", "optimizer.lr=1e-3", "optimizer.lr=2e-3", methods=WITH_NAIVE),
-    *_variants("scale of the LoRA (alpha / rank)", "adapter.alpha=8 optimizer.lr=1e-3", "adapter.alpha=4 optimizer.lr=2e-3"),
-    *_variants("share of appearance in its stage", "suite.appearance_share=0.9", "suite.appearance_share=1.0"),
+    *_variants("learning rate", "optimizer.lr=5e-4", "optimizer.lr=1e-3", "optimizer.lr=4e-3", methods=WITH_NAIVE),
+    *_variants("scale of the LoRA (alpha / rank)", "adapter.alpha=8 optimizer.lr=4e-3"),
+    *_variants("share of appearance in its stage", "suite.appearance_share=0.5", "suite.appearance_share=1.0"),
     *_variants("mask rule", "mask_rule=nearest"),
     *_variants("timesteps in training", "model.stratified=false"),
     *_variants("rank", "adapter.rank=4", "adapter.rank=64"),
-    *_variants("steps", "suite.steps=50 suite.appearance_steps=50", "suite.steps=200 suite.appearance_steps=200"),
-    *_variants("noise draws a step", "micro_batch_size_per_gpu=1"),
+    *_variants("steps", "suite.steps=75 suite.appearance_steps=75", "suite.steps=300 suite.appearance_steps=300"),
+    *_variants("noise draws a step", "micro_batch_size_per_gpu=4"),
     *_variants("what is adapted", 'adapter.exclude_modules=["ffn.0","ffn.2"]'),
-    *_variants("sampling", "edit.steps=10"),
+    *_variants("sampling", "edit.steps=25"),
     *_variants("source guidance", "edit.source_guidance=2", "edit.source_guidance=3",
                "optimizer.lr=1e-3 edit.source_guidance=2"),
 )  # fmt: skip

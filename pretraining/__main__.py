@@ -17,17 +17,19 @@ from pathlib import Path
 import torch
 
 from common import with_parent
+from pretraining import clips
 
-_TIMED = ("vae", "latents", "transformer", "sharpen")
+_TIMED = ("vae", "latents", "transformer")
 """Commands that take --minutes; the others take seconds."""
 
 
-def recipe(out: Path, scale: float, device: str, compiled: bool) -> list[str]:
+def recipe(out: Path, scale: float, size: int, device: str, compiled: bool) -> list[str]:
     """The commands without their `python -m pretraining.`
 
     Args:
         out: folder of everything made.
         scale: share of all steps and clips.
+        size: side of the clips in pixels; the transformer begins at half of it.
         device: where to compute.
         compiled: use torch.compile.
     """
@@ -37,18 +39,17 @@ def recipe(out: Path, scale: float, device: str, compiled: bool) -> list[str]:
 
     to, on = shlex.quote(str(out)), f"--device {device}"
     training = f"{on} --compile" if compiled else on
-    pool = f"--latents {to}/latents --vae {to}/frozen.pt --batch 32 {training}"
+    small, full = (f"--latents {to}/latents-{side} --vae {to}/frozen.pt {training}" for side in (size // 2, size))
     return [
         f"vae --out {to}/vae --steps {count(3500)} {training}",
         f"freeze --vae {to}/vae/vae.pt --out {to}/frozen.pt --clips {count(256)}",
-        f"latents --vae {to}/frozen.pt --out {to}/latents --shards {count(450)} {on}",
-        f"transformer --out {to}/transformer --steps {count(24000)} {pool}",
-        f"transformer --out {to}/worse --steps {count(6000)} --blocks 6 {pool}",
-        f"sharpen --start {to}/transformer/transformer.pt --worse {to}/worse/transformer.pt "
-        f"--out {to}/sharp --steps {count(1500)} {pool}",
+        f"latents --vae {to}/frozen.pt --out {to}/latents-{size // 2} --size {size // 2} --shards {count(450)} {on}",
+        f"transformer --out {to}/small --steps {count(24000)} --batch 32 {small}",
+        f"latents --vae {to}/frozen.pt --out {to}/latents-{size} --size {size} --shards {count(200)} {on}",
+        f"transformer --out {to}/transformer --start {to}/small/transformer.pt --steps {count(8000)} --batch 8 {full}",
         f"vae --out {to}/decoder --start {to}/frozen.pt --decoder-only --steps {count(3000)} {training}",
-        f"export --vae {to}/decoder/vae.pt --transformer {to}/sharp/transformer.pt --out {to}/tiny-wan-i2v",
-        f"evaluate {to}/tiny-wan-i2v --out {to}/evaluation --clips {count(64)} --rows {count(10)} {on}",
+        f"export --vae {to}/decoder/vae.pt --transformer {to}/transformer/transformer.pt --out {to}/tiny-wan-i2v",
+        f"evaluate {to}/tiny-wan-i2v --out {to}/evaluation --clips {count(64)} --rows {count(10)} --size {size} {on}",
     ]
 
 
@@ -74,11 +75,13 @@ def main() -> None:
     parser.add_argument(
         "--scale", type=float, default=1.0, help="share of all steps and clips; 0.001 tries everything out"
     )
+    parser.add_argument("--size", type=int, default=clips.SIZE, help="side of the clips in pixels, a multiple of 32")
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     try:
-        finished = run(recipe(options.out, options.scale, options.device, options.compile), options.minutes)
+        commands = recipe(options.out, options.scale, options.size, options.device, options.compile)
+        finished = run(commands, options.minutes)
     except subprocess.CalledProcessError as error:
         raise SystemExit(error.returncode) from None
     print(f"\n{options.out}/tiny-wan-i2v" if finished else "\nTime is up; run the same command again to go on.")

@@ -71,17 +71,17 @@ class TinyModel:
         return self.vae.decode(latents)[0].cpu()
 
 
-def held_out(count: int, first: int = 0) -> list[tuple[Scene, Tensor]]:
-    """Scenes that no training run sees, with their videos."""
+def held_out(count: int, size: int, first: int = 0) -> list[tuple[Scene, Tensor]]:
+    """Scenes that no training run sees, with their videos (3, FRAMES, size, size)."""
     scenes = [clips.held_out_scene(first + index) for index in range(count)]
-    return [(scene, clips.scene_video(scene)) for scene in scenes]
+    return [(scene, clips.scene_video(scene, size=size)) for scene in scenes]
 
 
 @torch.no_grad()
-def reconstruction(model: TinyModel, count: int) -> dict[str, float]:
+def reconstruction(model: TinyModel, count: int, size: int) -> dict[str, float]:
     """Mean PSNR in dB of encoding and decoding held-out clips, first-frame conditions and single images."""
     scores: dict[str, list[float]] = {"video": [], "condition": [], "image": []}
-    for _, video in held_out(count):
+    for _, video in held_out(count, size):
         targets = {"video": video, "condition": clips.first_frame_condition(video), "image": video[:, :1]}
         for name, target in targets.items():
             output = model.vae.decode(model.vae.encode(target[None]))[0].cpu()
@@ -90,7 +90,7 @@ def reconstruction(model: TinyModel, count: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def validation_loss(model: TinyModel, count: int) -> dict[str, float]:
+def validation_loss(model: TinyModel, count: int, size: int) -> dict[str, float]:
     """Flow-matching loss on held-out clips, noise levels evenly spread over the training distribution's range.
 
     With all latent channels alike, and weighed by their part in the picture as in training.
@@ -99,7 +99,7 @@ def validation_loss(model: TinyModel, count: int) -> dict[str, float]:
     levels = flow.apply_shift(torch.linspace(0.02, 0.98, count), SHIFT)
     noise = torch.Generator().manual_seed(5)
     plain = weighted = 0.0
-    for (scene, video), t in zip(held_out(count), levels, strict=True):
+    for (scene, video), t in zip(held_out(count, size), levels, strict=True):
         x = model.vae.encode(video[None])
         eps = torch.randn(x.shape, generator=noise).to(x)
         predicted = model.predict(flow.add_noise(x, eps, t.reshape(1).to(x)), t, model.context(video, caption(scene)))
@@ -109,7 +109,7 @@ def validation_loss(model: TinyModel, count: int) -> dict[str, float]:
     return {"transformer_loss": round(plain / count, 4), "transformer_weighted_loss": round(weighted / count, 4)}
 
 
-def sheet(rows: list[list[Tensor]], path: Path, every: int = 3, zoom: int = 2) -> None:
+def sheet(rows: list[list[Tensor]], path: Path, every: int = 3, zoom: int = 1) -> None:
     """A PNG of videos (3, F, H, W): one row a scene, its videos side by side, every `every`-th frame of each."""
     lines = []
     for videos in rows:
@@ -124,9 +124,9 @@ def sheet(rows: list[list[Tensor]], path: Path, every: int = 3, zoom: int = 2) -
 
 
 @torch.no_grad()
-def draw(model: TinyModel, out: Path, count: int, guidance: float) -> None:
+def draw(model: TinyModel, out: Path, count: int, size: int, guidance: float) -> None:
     """Contact sheets: clip and reconstruction; clip and two samples from its first frame."""
-    scenes = held_out(count, first=100)
+    scenes = held_out(count, size, first=100)
     restored = [[video, model.vae.decode(model.vae.encode(video[None]))[0].cpu()] for _, video in scenes]
     sheet(restored, out / "reconstructions.png")
     samples = [
@@ -142,14 +142,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of metrics.json and the sheets")
     parser.add_argument("--clips", type=int, default=64, help="held-out clips to measure on")
     parser.add_argument("--rows", type=int, default=10, help="scenes on the sheets")
+    parser.add_argument("--size", type=int, default=clips.SIZE, help="side of the clips in pixels")
     parser.add_argument("--guidance", type=float, default=1.0, help="by captions")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     loop.one_thread(options.device)
     model = TinyModel(options.checkpoint, options.device)
-    draw(model, options.out, options.rows, options.guidance)
-    metrics: dict[str, float] = {"clips": options.clips, **reconstruction(model, options.clips)}
-    metrics |= validation_loss(model, options.clips)
+    draw(model, options.out, options.rows, options.size, options.guidance)
+    metrics: dict[str, float] = {"clips": options.clips, **reconstruction(model, options.clips, options.size)}
+    metrics |= validation_loss(model, options.clips, options.size)
     write_json_atomic(options.out / "metrics.json", metrics)
     print(json.dumps(metrics))
 

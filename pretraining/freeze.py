@@ -17,7 +17,8 @@ from torch import Tensor
 
 from common.files import write_atomic
 from loraedit_ext.evaluation.scenes import random_scene
-from pretraining import clips, latents, loop, wholeclip
+from models.wan import whole_clip
+from pretraining import clips, latents, loop
 from pretraining.vae import load_vae
 
 
@@ -29,7 +30,7 @@ def measure(vae: AutoencoderKLWan, count: int, seed: int = 7) -> tuple[Tensor, T
     for _ in range(count):
         video = clips.scene_video(random_scene(clips.training_seed(rng)))[None].to(vae.device)
         with torch.autocast(vae.device.type, dtype=torch.bfloat16):
-            means.append(wholeclip.encode_moments(vae, video)[0].float())
+            means.append(whole_clip.encode_moments(vae, video)[0].float())
     stacked = torch.cat(means)
     return stacked.mean((0, 2, 3, 4)), stacked.std((0, 2, 3, 4))
 

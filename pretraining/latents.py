@@ -20,9 +20,9 @@ from torch import Tensor
 
 from common.files import write_atomic
 from loraedit_ext.evaluation.captions import caption
-from loraedit_ext.evaluation.rendering import render
 from loraedit_ext.evaluation.scenes import Scene, another_future, random_scene
-from pretraining import clips, wholeclip
+from models.wan import whole_clip
+from pretraining import clips
 from pretraining.conditioning import Conditioner
 
 SHARD = 64
@@ -60,13 +60,14 @@ class LatentPool:
 
 
 def encode_scenes(
-    vae: AutoencoderKLWan, conditioner: Conditioner, scenes: list[tuple[Scene, str]], futures: int = 1
+    vae: AutoencoderKLWan, conditioner: Conditioner, scenes: list[tuple[Scene, str]], futures: int = 1,
+    size: int = clips.SIZE,
 ) -> LatentPool:
     """Encode scenes with their captions, in half precision; each run of `futures` scenes shares its first frame."""
     parts: dict[str, list[Tensor]] = {"video": [], "condition": [], "text": [], "image": []}
     for start in range(0, len(scenes), futures):
         group = scenes[start : start + futures]
-        video = torch.stack([clips.to_tensor(render(scene, clips.FRAMES).video) for scene, _ in group])
+        video = torch.stack([clips.scene_video(scene, size=size) for scene, _ in group])
         first, count = video[:1], len(group)
         parts["video"].append(encode_normalised(vae, video))
         condition = encode_normalised(vae, clips.first_frame_condition(first))
@@ -80,7 +81,7 @@ def encode_scenes(
 def encode_normalised(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
     """Mode of the posterior, normalised by the statistics of the VAE's config; float32."""
     with torch.autocast(vae.device.type, dtype=torch.bfloat16):
-        mean, _ = wholeclip.encode_moments(vae, video.to(vae.device))
+        mean, _ = whole_clip.encode_moments(vae, video.to(vae.device))
     shift, scale = statistics(vae)
     return (mean.float() - shift) / scale
 
@@ -90,7 +91,7 @@ def decode_normalised(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     """Video in [-1, 1] of normalised latents."""
     shift, scale = statistics(vae)
     with torch.autocast(vae.device.type, dtype=torch.bfloat16):
-        return wholeclip.decode(vae, latents.to(vae.device) * scale + shift).float().clamp(-1, 1)
+        return whole_clip.decode(vae, latents.to(vae.device) * scale + shift).float().clamp(-1, 1)
 
 
 def statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
@@ -143,6 +144,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--shards", type=int, default=300, help=f"how many, of {SHARD} clips each")
     parser.add_argument("--first", type=int, default=0, help="number of the first, for several processes side by side")
+    parser.add_argument("--size", type=int, default=clips.SIZE, help="side of the clips in pixels; a folder holds one size")
     parser.add_argument("--minutes", type=float, help="stop after this long; run again to go on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
@@ -150,7 +152,9 @@ def main() -> None:
         torch.set_num_threads(1)
     vae, conditioner = load_vae(options.vae, options.device), Conditioner()
     shards = range(options.first, options.first + options.shards)
-    fill(options.out, lambda scenes: encode_scenes(vae, conditioner, scenes, FUTURES), shards, options.minutes)
+    fill(
+        options.out, lambda scenes: encode_scenes(vae, conditioner, scenes, FUTURES, options.size), shards, options.minutes
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from pretraining import clips, wholeclip
+from models.wan import whole_clip
+from pretraining import clips
 from pretraining.latents import encode_normalised, statistics, training_scenes
 
 _SHARD = 10**9  # of scenes to measure on; no pool grows so large
@@ -30,7 +31,7 @@ def sensitivity(vae: AutoencoderKLWan, videos: Tensor) -> Tensor:
     for video in videos:
         latents = encode_normalised(vae, video[None]).requires_grad_()
         direction = torch.randn(video[None].shape, generator=noise).to(latents)
-        (gradient,) = torch.autograd.grad(wholeclip.decode(vae, latents * scale + shift), latents, direction)
+        (gradient,) = torch.autograd.grad(whole_clip.decode(vae, latents * scale + shift), latents, direction)
         found.append(gradient.square().sum(dim=(0, 2, 3, 4)))
     return torch.stack(found).mean(0)
 

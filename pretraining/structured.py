@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from pretraining import wholeclip
+from models.wan import whole_clip
 
 _QUIET = 0.1  # what is left of the random initialisation beside the structure
 _STEADY = 3.0  # a constant channel that keeps RMS norms from reacting to the picture
@@ -36,8 +36,8 @@ def structure(vae: AutoencoderKLWan) -> None:
 @torch.no_grad()
 def calibrate(vae: AutoencoderKLWan, video: Tensor) -> None:
     """Scale the decoder's output channels so that the start reproduces `video` (batch, 3, frames, h, w) best."""
-    mean, _ = wholeclip.encode_moments(vae, video)
-    output = wholeclip.decode(vae, mean)
+    mean, _ = whole_clip.encode_moments(vae, video)
+    output = whole_clip.decode(vae, mean)
     axes = (0, 2, 3, 4)
     gain = (output * video).mean(axes) / output.square().mean(axes)
     vae.decoder.conv_out.weight.mul_(gain.view(-1, 1, 1, 1, 1))

@@ -6,10 +6,9 @@ Run again to resume; shards that appear in the latents' folder meanwhile are tak
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,7 @@ from pretraining.latents import LatentPool, load_shards
 from pretraining.sensitivity import channel_weights
 from pretraining.vae import load_vae
 
-SHIFT = 2.0
-BLOCKS = 9
+SHIFT = 3.0
 TEXT_DROPOUT = 0.15
 EMA = 0.999
 _LOOK_EVERY = 100  # steps between two looks for new shards
@@ -41,7 +39,7 @@ _LOOK_EVERY = 100  # steps between two looks for new shards
 def tiny_config() -> WanConfig:
     """About 6 M parameters, 6 heads of 32."""
     return WanConfig(
-        dim=192, ffn_dim=576, num_heads=6, num_layers=BLOCKS,
+        dim=192, ffn_dim=576, num_heads=6, num_layers=9,
         text_dim=encoders.TEXT_DIM, text_len=encoders.TEXT_LEN, image_dim=encoders.IMAGE_DIM,
     )
 
@@ -111,14 +109,12 @@ class Options(loop.Options):
     Attributes:
         latents: folder of shards that `pretraining.latents` fills.
         batch: clips a step.
-        blocks: depth of the transformer; fewer than what ships make the worse model of `sharpen`.
         start: weights to begin from instead of fresh ones; a shallower model's are deepened.
         vae: weigh the error in each latent channel by what this VAE's decoder makes of it; None: all alike.
     """
 
     latents: Path = Path()
     batch: int = 16
-    blocks: int = BLOCKS
     start: Path | None = None
     vae: Path | None = None
 
@@ -147,7 +143,7 @@ class TransformerTraining(loop.Training):
     @staticmethod
     def fresh(options: Options) -> nn.Module:
         """The transformer to train."""
-        return build(replace(tiny_config(), num_layers=options.blocks), options.seed)
+        return build(tiny_config(), options.seed)
 
     @staticmethod
     def predict(
@@ -190,18 +186,14 @@ class TransformerTraining(loop.Training):
     def _velocities(
         self, model: nn.Module, clips: LatentPool, t: Tensor, noise: Tensor, compute: Callable[..., Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Predicted and what it should be."""
+        """Predicted and true."""
         clips = clips.to(self.options.device)
         x, eps, t = clips.video, noise.to(clips.video), t.to(clips.video)
         # Torch's flash attention is the slowest on a CPU: its backward alone took half a step at 64 tokens.
         backends = [SDPBackend.MATH] if x.device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
         with torch.autocast(x.device.type, dtype=torch.bfloat16), sdpa_kernel(backends):
-            noisy = flow.add_noise(x, eps, t)
-            return self.predict(model, noisy, t, clips, compute), self.target(noisy, t, clips, flow.velocity(x, eps))
-
-    def target(self, noisy: Tensor, t: Tensor, clips: LatentPool, velocity: Tensor) -> Tensor:
-        """What the model shall predict for noisy latents of the clips: their velocity."""
-        return velocity
+            predicted = self.predict(model, flow.add_noise(x, eps, t), t, clips, compute)
+        return predicted, flow.velocity(x, eps)
 
     def after_step(self) -> None:
         keep = min(EMA, 1 - 1 / (self.step / 4 + 1))  # follow closely at first
@@ -225,19 +217,13 @@ class TransformerTraining(loop.Training):
         return {name: round(value.item(), 4) for name, value in found.items()}
 
 
-def parser(description: str | None, defaults: loop.Options) -> argparse.ArgumentParser:
-    """Command line of a run on the latent pool; `Options` fields by name."""
-    made = loop.parser(description, defaults)
-    made.add_argument("--latents", type=Path, required=True, help="folder of encoded clips")
-    made.add_argument("--batch", type=int, default=Options.batch)
-    made.add_argument("--blocks", type=int, default=Options.blocks)
-    made.add_argument("--start", type=Path, help="weights to begin from (pretraining.export --unpack)")
-    made.add_argument("--vae", type=Path, help="weigh latent channels by their part in this VAE's pictures")
-    return made
-
-
 def main() -> None:
-    options = Options(**vars(parser(__doc__, loop.Options(Path(), steps=12000, lr=2e-3)).parse_args()))
+    parser = loop.parser(__doc__, loop.Options(Path(), steps=12000, lr=2e-3))
+    parser.add_argument("--latents", type=Path, required=True, help="folder of encoded clips")
+    parser.add_argument("--batch", type=int, default=Options.batch)
+    parser.add_argument("--start", type=Path, help="weights to begin from (pretraining.export --unpack)")
+    parser.add_argument("--vae", type=Path, help="weigh latent channels by their part in this VAE's pictures")
+    options = Options(**vars(parser.parse_args()))
     loop.one_thread(options.device)
     loop.run(TransformerTraining(options))
 

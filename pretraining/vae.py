@@ -11,7 +11,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from pretraining import clips, loop, wholeclip
+from models.wan import whole_clip
+from pretraining import clips, loop
 from pretraining.structured import calibrate, structure
 
 KL_WEIGHT = 1e-4
@@ -45,7 +46,7 @@ def build(seed: int = 0) -> AutoencoderKLWan:
     torch.manual_seed(seed)
     vae = AutoencoderKLWan(base_dim=BASE_DIM)
     structure(vae)
-    calibrate(vae, clips.vae_batch(seed, 0, 8, 1, clips.SIZE))
+    calibrate(vae, clips.vae_batch(seed, 0, 8, 1, clips.VAE_SIZE))
     return vae
 
 
@@ -68,7 +69,7 @@ class VAETraining(loop.Training):
             vae.quant_conv.requires_grad_(False)
         self.vae = vae
         self.decoder_only = options.decoder_only
-        self.decode = torch.compile(wholeclip.decode, dynamic=False) if options.compile else wholeclip.decode
+        self.decode = torch.compile(whole_clip.decode, dynamic=False) if options.compile else whole_clip.decode
         super().__init__(options, vae)
 
     def weights(self) -> dict[str, dict[str, Any]]:
@@ -83,7 +84,7 @@ class VAETraining(loop.Training):
         video = clips.vae_batch(options.seed + 1, self.step, batch, frames, side).to(options.device)
         with torch.autocast(options.device.split(":")[0], dtype=torch.bfloat16):
             with torch.set_grad_enabled(not self.decoder_only):
-                mean, logvar = (part.float() for part in wholeclip.encode_moments(self.vae, video))
+                mean, logvar = (part.float() for part in whole_clip.encode_moments(self.vae, video))
             logvar = logvar.clamp(-20, 10)
             noise = torch.randn(mean.shape, generator=self.generator()).to(mean)
             output = self.decode(self.vae, mean + noise * (0.5 * logvar).exp()).float()
@@ -126,8 +127,8 @@ def evaluate(vae: AutoencoderKLWan, count: int = 16) -> dict[str, float]:
         targets = {"video": clip, "condition": clips.first_frame_condition(clip), "image": clip[:, :, :1]}
         for name, target in targets.items():
             with torch.autocast(vae.device.type, dtype=torch.bfloat16):
-                mean, _ = wholeclip.encode_moments(vae, target)
-                output = wholeclip.decode(vae, mean)
+                mean, _ = whole_clip.encode_moments(vae, target)
+                output = whole_clip.decode(vae, mean)
             sums[name] += psnr(output.float(), target) / count
     return {name: round(value, 3) for name, value in sums.items()}
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from loraedit_ext.evaluation.textures import PALETTE, TILES, Texture
+from loraedit_ext.evaluation.textures import PALETTE, TILES, Texture, lookalikes
 
 Shape = Literal["disc", "square", "triangle", "hexagon", "cross", "ring", "pill", "ball"]
 SHAPES: tuple[Shape, ...] = ("disc", "square", "triangle", "hexagon", "cross", "ring", "pill", "ball")
@@ -104,8 +104,8 @@ def random_scene(
     target = _object(rng, kind, (0.38, 0.54))
     if kind == "emerging":
         target, screen = _hidden_at_first(rng, target, others[-1] if others else None)
-        return Scene(_background(rng, natural), pan, (*others[:-1], target, screen), len(others[:-1]))
-    return Scene(_background(rng, natural), pan, (*others, target), len(others))
+        return _in_contrast(rng, Scene(_background(rng, natural), pan, (*others[:-1], target, screen), len(others[:-1])))
+    return _in_contrast(rng, Scene(_background(rng, natural), pan, (*others, target), len(others)))
 
 
 def edit(
@@ -137,8 +137,8 @@ def random_edit(scene: Scene, seed: int, kinds: Sequence[Literal["color", "textu
     old = scene.objects[scene.target]
     front, back, shape = old.front, old.back, old.shape
     if "color" in kinds:
-        used = {name for side in (front, back) for name in side.colors or ()}
-        front, back = (replace(side, colors=_two_colors(rng, used)) for side in (front, back))
+        unseen = lookalikes(scene.background)
+        front, back = (replace(side, colors=_two_colors(rng, unseen | set(side.colors or ()))) for side in (front, back))
     if "texture" in kinds:
         front, back = (_other_kind(rng, side) for side in (front, back))
     if "shape" in kinds:
@@ -257,6 +257,22 @@ def _background(rng: np.random.Generator, natural: bool) -> Texture:
         kind, _two_colors(rng), float(rng.uniform(0.6, 1.3)),
         angle=float(rng.uniform(0, 2 * np.pi)), offset=_pair(rng, 1.0),
     )
+
+
+def _in_contrast(rng: np.random.Generator, scene: Scene) -> Scene:
+    """The scene with other colours where an object's would be lost on the background."""
+    unseen = lookalikes(scene.background)
+    return replace(scene, objects=tuple(
+        replace(item, front=_repainted(rng, item.front, unseen), back=_repainted(rng, item.back, unseen))
+        for item in scene.objects
+    ))
+
+
+def _repainted(rng: np.random.Generator, texture: Texture, unseen: set[str]) -> Texture:
+    kept = [name for name in texture.colors or () if name not in unseen]
+    others = [name for name in PALETTE if name not in unseen and name not in kept]
+    fresh = iter(rng.permutation(others).tolist())
+    return replace(texture, colors=tuple(name if name in kept else next(fresh) for name in texture.colors or ()))
 
 
 def _two_colors(rng: np.random.Generator, used: set[str] | None = None) -> tuple[str, str]:

@@ -74,7 +74,7 @@ PASTES: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = 
 TEMPLATE = """# One task of the benchmark; every method overrides `stage` and `edit.condition`.
 output_dir = "runs"
 dataset = "job.toml"
-micro_batch_size_per_gpu = 4       # four noise draws a step: steadier on so small a model
+micro_batch_size_per_gpu = 1
 activation_checkpointing = false   # the model is tiny; there is nothing to save
 
 [model]
@@ -88,10 +88,10 @@ rank = 16
 
 [optimizer]
 type = "adamw"
-lr = 5e-4
+lr = 2e-3
 
 [edit]
-steps = 25
+steps = 15
 guidance = 1.0
 shift = 3.0
 sampler = "euler"

@@ -14,7 +14,7 @@ from common.files import write_text_atomic
 from loraedit_ext.evaluation.report import environment
 from loraedit_ext.evaluation.suite_claims import Claim, Results
 from loraedit_ext.evaluation.suite_methods import METHODS
-from loraedit_ext.evaluation.suite_report import GREY, MARGIN, ZOOM, cell, columns
+from loraedit_ext.evaluation.suite_report import GREY, MARGIN, cell, columns
 from loraedit_ext.evaluation.suite_statistics import Estimate
 from loraedit_ext.evaluation.suite_tasks import SuiteTask
 from loraedit_ext.evaluation.sweep_page import Film, place_films
@@ -44,7 +44,7 @@ def write_page(
         for task in results.tasks
     ))  # fmt: skip
     page = environment().get_template(TEMPLATE).render(
-        facts=facts, films=films, shown=shown, width=len(shown) * (ZOOM * width + MARGIN), height=ZOOM * height,
+        facts=facts, films=films, shown=shown, width=len(shown) * (width + MARGIN), height=height,
         columns=[(title, ARROWS.get(better, "")) for _, title, better, _ in columns()],
         means=[(METHODS[method].title, _cells(results, method)) for method in METHODS if method in results.methods],
         claims=[(claim, _sortable(claim.found), cell(claim.found, 2)) for claim in found],
@@ -55,22 +55,21 @@ def write_page(
 
 
 def side_by_side(videos: Sequence[np.ndarray | None], size: tuple[int, int]) -> np.ndarray:
-    """One film of many, enlarged by whole pixels so that colours survive H.264's halved chroma.
+    """One film of many.
 
     Args:
         videos: uint8 (F, H, W, 3) each, or None for grey.
         size: height and width of each.
 
     Returns:
-        uint8 (F, ZOOM * H, columns * (ZOOM * W + MARGIN), 3).
+        uint8 (F, H, columns * (W + MARGIN), 3).
     """
     frames = max(len(video) for video in videos if video is not None)
     height, width = size
-    film = np.full((frames, ZOOM * height, len(videos) * (ZOOM * width + MARGIN), 3), 255, np.uint8)
+    film = np.full((frames, height, len(videos) * (width + MARGIN), 3), 255, np.uint8)
     for column, video in enumerate(videos):
-        left = column * (ZOOM * width + MARGIN)
-        picture = GREY if video is None else video.repeat(ZOOM, 1).repeat(ZOOM, 2)
-        film[:, :, left : left + ZOOM * width] = picture
+        left = column * (width + MARGIN)
+        film[:, :, left : left + width] = GREY if video is None else video
     return film
 
 

@@ -23,7 +23,7 @@ GROUPS: dict[str, Where] = {
 }  # fmt: skip
 SHEET_FRAMES = (4, 9)
 """Frames on the contact sheet; none of them is a reference."""
-MARGIN, LABEL, ZOOM, GREY = 4, 14, 2, 200
+MARGIN, LABEL, GREY = 4, 14, 200
 """Pixels between pictures, height of a line of writing, enlargement of a frame, and what is missing."""
 
 
@@ -95,7 +95,7 @@ def contact_sheet(
         uint8 (H, W, 3).
     """
     height, width = next(iter(videos.values())).shape[1:3]
-    cell_height, cell_width = ZOOM * height + LABEL, ZOOM * width * len(SHEET_FRAMES) + MARGIN
+    cell_height, cell_width = height + LABEL, width * len(SHEET_FRAMES) + MARGIN
     sheet = np.full((LABEL + len(tasks) * cell_height, len(columns) * cell_width, 3), 255, np.uint8)
     for column, title in enumerate(columns):
         _write(sheet, title, column * cell_width, 0)
@@ -110,9 +110,8 @@ def contact_sheet(
 
 def _cell_picture(video: np.ndarray | None, height: int, width: int) -> np.ndarray:
     if video is None:
-        return np.full((ZOOM * height, ZOOM * width * len(SHEET_FRAMES), 3), GREY, np.uint8)
-    pair = np.concatenate([video[index] for index in SHEET_FRAMES], axis=1)
-    return pair.repeat(ZOOM, 0).repeat(ZOOM, 1)
+        return np.full((height, width * len(SHEET_FRAMES), 3), GREY, np.uint8)
+    return np.concatenate([video[index] for index in SHEET_FRAMES], axis=1)
 
 
 def _write(sheet: np.ndarray, text: str, left: int, top: int) -> None:

@@ -27,11 +27,11 @@ class SuiteSettings(Settings):
     methods: list[str] = list(DEFAULT_METHODS)
     seeds: list[int] = Field([0, 1, 2], min_length=1)
     """Each seeds the LoRA's training and the noise of the edit."""
-    steps: int = Field(100, ge=1)
+    steps: int = Field(150, ge=1)
     """Of the naive and of the motion stage."""
-    appearance_steps: int = Field(100, ge=1)
+    appearance_steps: int = Field(150, ge=1)
     """Of the appearance stage, behind the motion stage."""
-    appearance_share: float = Field(0.5, gt=0, le=1)
+    appearance_share: float = Field(0.9, gt=0, le=1)
     """Of the appearance stage's steps; the rest is motion."""
     source_guidance: float = Field(2.0, gt=1)
     """`edit.source_guidance` of the methods that have it."""

@@ -26,7 +26,7 @@ EDITS: dict[EditKind, Literal["color", "texture", "shape"]] = {
     "recolour": "color", "retexture": "texture", "reshape": "shape",
 }  # fmt: skip
 FRAMES = 13
-SIZE = (64, 64)
+SIZE = (128, 128)
 REFERENCES = (6, 12)
 """Later frames that the user has edited too."""
 OBJECT = 0.5

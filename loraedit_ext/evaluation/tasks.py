@@ -15,7 +15,7 @@ from loraedit_ext.evaluation.captions import caption
 from loraedit_ext.evaluation.rendering import Rendered, render
 from loraedit_ext.evaluation.scenes import Scene
 
-MARGIN = 3
+MARGIN = 4
 """Pixels that the mask reaches beyond the object, before and after the edit."""
 TRUTH = "truth"
 

@@ -24,6 +24,7 @@ TILES = (
 )
 TILE = 96  # side of an atlas tile, pixels
 ATLAS_PATH = Path(__file__).with_name("textures.png")
+_ALIKE = 0.42  # distance in RGB under which two colours pass for one: orange is like red and yellow, brown like black
 _EXTENT = 1.25  # a tile spans [-_EXTENT, _EXTENT] in texture coordinates and is mirrored beyond
 
 
@@ -72,6 +73,16 @@ def sample(texture: Texture, u: Array, v: Array) -> Array:
         weight = _pattern(texture.kind, p, q, texture.frequency)[..., None]
     first, second = (np.asarray(PALETTE[name], np.float32) for name in texture.colors or ())
     return first + weight * (second - first)
+
+
+def lookalikes(texture: Texture) -> set[str]:
+    """Names of the `PALETTE` that would be hard to see on a texture: near its colours, or near their mean."""
+    if texture.colors is None:
+        shown = [_atlas()[TILES.index(texture.kind)].mean(axis=(0, 1))]
+    else:
+        first, second = (np.asarray(PALETTE[name]) for name in texture.colors)
+        shown = [first, second, (first + second) / 2]
+    return {name for name, color in PALETTE.items() if any(np.linalg.norm(color - other) < _ALIKE for other in shown)}
 
 
 def _pattern(kind: str, p: Array, q: Array, frequency: float) -> Array:

@@ -31,6 +31,8 @@ LATENTS_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
                3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
 VAE_PREFIXES = ("first_stage_model.", "model.", "vae.")
 STATISTICS = ("latents_mean", "latents_std")
+WHOLE_CLIP = 2**28
+"""Bytes of the widest activation up to which the VAE takes a clip in one piece; longer ones go through 4 frames at a time."""
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _CLIP_HEAD_DIM = 80  # ViT-H/14: 1280 wide, 16 heads
@@ -92,16 +94,31 @@ class WanVAE:
                 f"a video of {frames} frames, {width}x{height}, does not fit Wan's latent grid: frames must "
                 "be 4n+1, width and height multiples of 8."
             )
-        with calls_shown(self.model.encoder, 1 + frames // self.temporal_factor, "encoding video"):
-            latents = self.model.encode(video.to(self.device, self.dtype)).latent_dist.mode().float()
-        return (latents - self.mean) / self.std
+        video = video.to(self.device, self.dtype)
+        if self._fits(len(video) * frames * height * width):
+            from models.wan import whole_clip
+
+            latents, _ = whole_clip.encode_moments(self.model, video)
+        else:
+            with calls_shown(self.model.encoder, 1 + frames // self.temporal_factor, "encoding video"):
+                latents = self.model.encode(video).latent_dist.mode()
+        return (latents.float() - self.mean) / self.std
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode normalised latents (B, 16, T, h, w) to (B, 3, 4(T-1)+1, 8h, 8w), float32, in [-1, 1]."""
-        latents = latents.to(self.device, torch.float32) * self.std + self.mean
-        with calls_shown(self.model.decoder, latents.shape[2], "decoding video"):
-            return self.model.decode(latents.to(self.dtype)).sample.float()
+        latents = (latents.to(self.device, torch.float32) * self.std + self.mean).to(self.dtype)
+        batch, _, frames, height, width = latents.shape
+        if self._fits(batch * (self.temporal_factor * (frames - 1) + 1) * height * width * self.spatial_factor**2):
+            from models.wan import whole_clip
+
+            return whole_clip.decode(self.model, latents).float().clamp(-1, 1)
+        with calls_shown(self.model.decoder, frames, "decoding video"):
+            return self.model.decode(latents).sample.float()
+
+    def _fits(self, pixels: int) -> bool:
+        """Whether a video of so many pixels is short enough to go through in one piece."""
+        return pixels * self.model.config.base_dim * self.dtype.itemsize <= WHOLE_CLIP
 
 
 def _latent_statistics(tensors: Tensors, config_json: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

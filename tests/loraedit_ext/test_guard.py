@@ -9,11 +9,11 @@ Broken on purpose, one at a time, all in dB (still / panning task; whole: what i
 
 | broken | what failed | whole | broken |
 |---|---|---|---|
-| polarity: `masks.from_grey` takes black for edit | motion, nearer to edit than source | 2.3 / 0.5 | -11.4 / -10.8 |
-| packing: `masks.wan_channels` mixes up frames and channels | naive, background | 39.4 / 39.1 | 36.8 / 35.4 |
-| normalisation: `WanVAE.encode` returns latents as they are | appearance, background | 36.7 / 36.5 | 17.0 / 17.9 |
-| scheduler shift: `flow.inference_sigmas` leaves it out | appearance, background | 36.7 / 36.5 | 36.2 / 36.2 |
-| LoRA scale: `lora.save` leaves alpha / rank out | appearance, background | 36.7 / 36.5 | 24.3 / 25.4 |
+| polarity: `masks.from_grey` takes black for edit | motion, nearer to edit than source | 11.6 / 4.5 | -14.8 / -13.4 |
+| packing: `masks.wan_channels` mixes up frames and channels | naive, background | 41.3 / 41.6 | 38.6 / 41.2 |
+| normalisation: `WanVAE.encode` returns latents as they are | appearance, background | 39.1 / 38.2 | 17.2 / 17.7 |
+| scheduler shift: `flow.inference_sigmas` leaves it out | appearance, background | 39.1 / 38.2 | 38.8 / 37.6 |
+| LoRA scale: `lora.save` leaves alpha / rank out | appearance, background | 39.1 / 38.2 | 32.4 / 27.6 |
 """
 
 from __future__ import annotations

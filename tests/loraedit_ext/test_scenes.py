@@ -21,7 +21,7 @@ from loraedit_ext.evaluation.scenes import (
     random_scene,
     slowed,
 )
-from loraedit_ext.evaluation.textures import PATTERNS, TILES, Texture, sample
+from loraedit_ext.evaluation.textures import PALETTE, PATTERNS, TILES, Texture, lookalikes, sample
 
 SEEDS = range(40)
 EDITS = (("color",), ("texture",), ("shape",), ("color", "texture", "shape"))
@@ -152,6 +152,25 @@ def test_another_future_shares_the_first_frame_only() -> None:
         first, second = render(scene), render(another_future(scene, seed))
         np.testing.assert_allclose(first.video[0], second.video[0], atol=1e-4)
         assert np.abs(first.video[-1] - second.video[-1]).max() > 0.1
+
+
+def test_no_object_is_lost_on_its_background_before_or_after_an_edit() -> None:
+    for seed in range(300):
+        scene = random_scene(seed)
+        for shown in (scene, random_edit(scene, seed, ("color",))):
+            colors = [name for item in shown.objects for side in (item.front, item.back) for name in side.colors or ()]
+            assert not lookalikes(scene.background) & set(colors), seed
+
+
+def test_colours_that_a_texture_shows_are_lookalikes_and_plain_others_are_not() -> None:
+    assert {"white", "black", "gray"} <= lookalikes(plain("white"))  # gray: the mean of white and black
+    assert not {"red", "green", "blue", "cyan", "yellow"} & lookalikes(plain("white"))
+    assert "orange" in lookalikes(plain("red", "blue"))
+    assert not {"green", "yellow", "white"} & lookalikes(plain("red", "blue"))
+    assert "black" in lookalikes(Texture("stars", None))
+    for first in PALETTE:
+        for second in set(PALETTE) - {first}:
+            assert len(PALETTE) - len(lookalikes(plain(first, second))) >= 4  # an edit needs two that are not there yet
 
 
 def test_a_slowed_scene_is_the_beginning_of_the_scene_drawn_out() -> None:

@@ -242,7 +242,7 @@ def test_the_report_has_every_method_and_claim(done: tuple[Path, Results, list[s
     assert all(text.count(f"| {METHODS[name].title} |") == 4 for name in DEFAULT_METHODS)
     assert all(claim.statement in text for claim in claims(results))
     sheet = read_image(out / suite.SHEET)
-    assert sheet.shape[1] == (len(DEFAULT_METHODS) + 1) * (4 * 64 + suite_report.MARGIN)
+    assert sheet.shape[1] == (len(DEFAULT_METHODS) + 1) * (2 * 128 + suite_report.MARGIN)
     assert (sheet[2 * suite_report.LABEL :, -20] != 200).any()  # the last column has its picture
 
 
@@ -266,12 +266,12 @@ def test_the_page_has_every_number_and_the_videos_side_by_side(done: tuple[Path,
     (film,) = re.findall(r'src="data:video/mp4;base64,([^"]+)"', text)
     (out / "film.mp4").write_bytes(base64.b64decode(film))
     frames = read_video(out / "film.mp4").frames
-    side = suite_report.ZOOM * 64
+    side = 128
     step = side + suite_report.MARGIN
     assert frames.shape == (13, side, (len(DEFAULT_METHODS) + 1) * step, 3)
     media = TaskMedia(TASK)
     for column, expected in enumerate((media.source, media.truth)):
-        shown = frames[:, ::2, column * step : column * step + side : 2].astype(int)
+        shown = frames[:, :, column * step : column * step + side].astype(int)
         assert np.abs(shown - expected).mean() < 4
     assert np.abs(frames[:, :, :side].astype(int) - frames[:, :, step : step + side]).mean() > 4  # they differ
 
@@ -305,10 +305,10 @@ document.body.dataset.found = JSON.stringify([...found, String(before === other(
 def test_what_was_not_run_is_grey_on_the_page() -> None:
     video = np.zeros((3, 4, 6, 3), np.uint8)
     film = suite_page.side_by_side([video, None], (4, 6))
-    step = 2 * 6 + suite_report.MARGIN
-    assert film.shape == (3, 8, 2 * step, 3)
-    assert (film[:, :, :12] == 0).all()
-    assert (film[:, :, step : step + 12] == suite_report.GREY).all()
+    step = 6 + suite_report.MARGIN
+    assert film.shape == (3, 4, 2 * step, 3)
+    assert (film[:, :, :6] == 0).all()
+    assert (film[:, :, step : step + 6] == suite_report.GREY).all()
 
 
 def test_a_second_run_computes_nothing(done: tuple[Path, Results, list[str]], capsys: pytest.CaptureFixture) -> None:

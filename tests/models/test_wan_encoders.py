@@ -10,6 +10,7 @@ from wan_parts import CLIP_HEADS, assert_close, golden_weights, with_statistics
 
 from common.errors import UserError
 from models.checkpoint import open_tensors
+from models.wan import encoders
 from models.wan.checkpoint import IMAGE_ENCODER_FILE, VAE_FILE, WanCheckpoint
 from models.wan.encoders import WanImageEncoder, WanTextEncoder, WanVAE
 from models.wan.keys import vae_keys
@@ -36,7 +37,9 @@ def image_encoder(checkpoint):
     return WanImageEncoder.load(open_tensors(checkpoint.image_encoder), num_heads=CLIP_HEADS)
 
 
-def test_vae_encodes_like_the_original(golden, vae):
+@pytest.mark.parametrize("whole", [encoders.WHOLE_CLIP, 0])
+def test_vae_encodes_like_the_original(golden, vae, monkeypatch, whole):
+    monkeypatch.setattr(encoders, "WHOLE_CLIP", whole)
     vectors = golden("wan_vae")
     tolerance, video = vectors.info["tolerance"], vectors.inputs["video"]
     condition = torch.zeros_like(video)
@@ -49,12 +52,35 @@ def test_vae_encodes_like_the_original(golden, vae):
     assert_close(vae.encode(condition), vectors.outputs["cond_latents"], tolerance)
 
 
-def test_vae_decodes_like_the_original(golden, vae):
+@pytest.mark.parametrize("whole", [encoders.WHOLE_CLIP, 0])
+def test_vae_decodes_like_the_original(golden, vae, monkeypatch, whole):
+    monkeypatch.setattr(encoders, "WHOLE_CLIP", whole)
     vectors = golden("wan_vae")
     tolerance, expected = vectors.info["tolerance"], vectors.outputs["decoded_raw"].clamp(-1, 1)
     assert_close(vae.decode(vectors.outputs["latents"]), expected, tolerance)
     one = vectors.outputs["decoded_raw_1frame"].clamp(-1, 1)
     assert_close(vae.decode(vectors.outputs["latents_1frame"]), one, tolerance)
+
+
+@pytest.mark.parametrize("frames", [1, 5, 13])
+def test_a_short_clip_in_one_piece_equals_the_librarys_loop(vae, monkeypatch, frames):
+    video = torch.rand(2, 3, frames, 32, 40, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    whole = vae.encode(video)
+    picture = vae.decode(whole)
+    monkeypatch.setattr(encoders, "WHOLE_CLIP", 0)
+    torch.testing.assert_close(vae.encode(video), whole, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(vae.decode(whole), picture, atol=1e-4, rtol=1e-4)
+
+
+def test_a_short_clip_makes_one_call_and_a_long_one_a_call_for_every_four_frames(vae, monkeypatch):
+    calls = []
+    hook = vae.model.encoder.conv_out.register_forward_hook(lambda *_: calls.append("encoder"))
+    vae.encode(torch.zeros(1, 3, 13, 16, 16))
+    assert len(calls) == 1
+    monkeypatch.setattr(encoders, "WHOLE_CLIP", 0)
+    vae.encode(torch.zeros(1, 3, 13, 16, 16))
+    hook.remove()
+    assert len(calls) == 1 + 4
 
 
 def test_vae_statistics_are_the_released_ones(golden, vae):
@@ -172,7 +198,7 @@ def test_a_vae_of_another_depth(golden, tmp_path, layout):
     video = golden("wan_vae").inputs["video"]
     with torch.no_grad():
         expected = model.encode(video).latent_dist.mode()
-    assert torch.equal(vae.encode(video), (expected - vae.mean) / vae.std)
+    torch.testing.assert_close(vae.encode(video), (expected - vae.mean) / vae.std, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["encoder.downsamples.900000000.resample.1.weight", "decoder.up_blocks.9.x"])

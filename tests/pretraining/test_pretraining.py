@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from common.errors import UserError
-from loraedit_ext import flow
 from loraedit_ext.evaluation.captions import VOCABULARY
 from loraedit_ext.evaluation.scenes import random_scene
+from models.wan import whole_clip
 from models.wan.checkpoint import WanCheckpoint
 from models.wan.save import write_checkpoint
 from pretraining import (
@@ -24,10 +24,8 @@ from pretraining import (
     latents,
     loop,
     sensitivity,
-    sharpen,
     transformer,
     vae,
-    wholeclip,
 )
 from pretraining.conditioning import Conditioner
 from pretraining.deepen import deepened, depth
@@ -71,11 +69,11 @@ def test_muon_takes_matrices_and_steps_by_the_learning_rate() -> None:
 
 
 def test_whole_clip_evaluation_equals_the_chunked_library(start: vae.AutoencoderKLWan, videos: torch.Tensor) -> None:
-    mean, logvar = wholeclip.encode_moments(start, videos)
+    mean, logvar = whole_clip.encode_moments(start, videos)
     posterior = start.encode(videos).latent_dist
     torch.testing.assert_close(mean, posterior.mean, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(logvar, posterior.logvar, atol=1e-5, rtol=1e-4)
-    output = wholeclip.decode(start, mean).clamp(-1, 1)
+    output = whole_clip.decode(start, mean).clamp(-1, 1)
     torch.testing.assert_close(output, start.decode(mean).sample, atol=1e-4, rtol=1e-4)
 
 
@@ -84,8 +82,8 @@ def test_structured_start_is_nearly_a_block_average_before_training(start: vae.A
     videos = clips.held_out_videos(8)[:, :, :5].contiguous()
     average = torch.nn.functional.avg_pool3d(videos, (1, 8, 8))
     blocks = vae.psnr(torch.nn.functional.interpolate(average, scale_factor=(1, 8, 8)), videos)
-    mean, _ = wholeclip.encode_moments(start, videos)
-    assert vae.psnr(wholeclip.decode(start, mean), videos) > blocks - 4  # a random start: 13 below
+    mean, _ = whole_clip.encode_moments(start, videos)
+    assert vae.psnr(whole_clip.decode(start, mean), videos) > blocks - 4  # a random start: 13 below
 
 
 def test_freezing_normalises_the_latents_and_keeps_the_pictures(
@@ -93,16 +91,16 @@ def test_freezing_normalises_the_latents_and_keeps_the_pictures(
 ) -> None:
     frozen = vae.AutoencoderKLWan(base_dim=vae.BASE_DIM)
     frozen.load_state_dict(start.state_dict())
-    before = wholeclip.decode(frozen, wholeclip.encode_moments(frozen, videos)[0])
-    measured, _ = wholeclip.encode_moments(frozen, videos)
+    before = whole_clip.decode(frozen, whole_clip.encode_moments(frozen, videos)[0])
+    measured, _ = whole_clip.encode_moments(frozen, videos)
     freeze.normalise(frozen, measured.mean((0, 2, 3, 4)), measured.std((0, 2, 3, 4)))
-    mean, logvar = wholeclip.encode_moments(frozen, videos)
+    mean, logvar = whole_clip.encode_moments(frozen, videos)
     shift, scale = latents.statistics(frozen)
     unit = (mean - shift) / scale
     torch.testing.assert_close(unit.mean((0, 2, 3, 4)), torch.zeros(16), atol=1e-3, rtol=0)
     torch.testing.assert_close(unit.std((0, 2, 3, 4)), torch.ones(16), atol=1e-3, rtol=0)
-    torch.testing.assert_close(wholeclip.decode(frozen, mean), before, atol=1e-3, rtol=0)
-    _, old = wholeclip.encode_moments(start, videos)
+    torch.testing.assert_close(whole_clip.decode(frozen, mean), before, atol=1e-3, rtol=0)
+    _, old = whole_clip.encode_moments(start, videos)
     spread = scale / measured.std((0, 2, 3, 4)).view_as(scale)
     torch.testing.assert_close(logvar, old + 2 * spread.log(), atol=1e-3, rtol=1e-3)
 
@@ -174,7 +172,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory, start: vae.AutoencoderKLWan) 
     conditioner = Conditioner()
 
     def encode(scenes: list) -> latents.LatentPool:
-        return latents.encode_scenes(start, conditioner, scenes[:4], latents.FUTURES)
+        return latents.encode_scenes(start, conditioner, scenes[:4], latents.FUTURES, size=64)
 
     latents.fill(folder, encode, shards=range(2), minutes=None)
     return folder
@@ -250,47 +248,6 @@ def test_a_run_starts_from_the_weights_of_a_shallower_model(pool: Path, tmp_path
     assert torch.equal(training.model.blocks[0].self_attn.q.weight, shallow.blocks[0].self_attn.q.weight)
 
 
-@pytest.fixture
-def sharpening(pool: Path, tmp_path: Path) -> sharpen.Options:
-    """A teacher of two blocks, and a worse one of one block."""
-    for seed, (name, blocks) in enumerate((("best", 2), ("worse", 1))):
-        model = transformer.build(replace(transformer.tiny_config(), num_layers=blocks), seed)
-        torch.nn.init.normal_(model.head.head.weight, std=0.05)
-        torch.save(model.state_dict(), tmp_path / f"{name}.pt")
-    return sharpen.Options(
-        out=tmp_path, steps=100, lr=5e-3, latents=pool, batch=2, blocks=2,
-        start=tmp_path / "best.pt", worse=tmp_path / "worse.pt",
-    )
-
-
-def test_sharpening_leads_from_the_worse_models_prediction_through_the_better_ones(sharpening: sharpen.Options) -> None:
-    training = sharpen.Sharpening(sharpening)
-    clips, t = training.pool.take(torch.arange(2)), torch.tensor([0.3, 0.8])
-    noise = torch.randn(clips.video.shape, generator=torch.Generator().manual_seed(0))
-    noisy = flow.add_noise(clips.video, noise, t)
-    better, worse = (training.predict(m, noisy, t, clips, training.compute) for m in (training.teacher, training.worse))
-    found = training.target(noisy, t, clips, flow.velocity(clips.video, noise))
-    torch.testing.assert_close(found, 2 * better - worse)
-    assert (better - worse).abs().max() > 0.1
-
-
-def test_sharpening_starts_at_the_teacher_and_learns_the_guided_prediction(sharpening: sharpen.Options) -> None:
-    assert sharpen.Sharpening(replace(sharpening, guidance=1.0)).train_step()["loss"] == 0
-    training = sharpen.Sharpening(sharpening)
-    before = training.evaluate(final=False)["validation"]
-    fixed = [weight.clone() for model in (training.teacher, training.worse) for weight in model.parameters()]
-    for _ in range(20):
-        training.train_step()
-    assert training.evaluate(final=True)["validation"] < 0.8 * before
-    after = [weight for model in (training.teacher, training.worse) for weight in model.parameters()]
-    assert all(torch.equal(a, b) for a, b in zip(fixed, after, strict=True))
-
-
-def test_sharpening_without_a_start_is_explained(sharpening: sharpen.Options) -> None:
-    with pytest.raises(UserError, match="--start"):
-        sharpen.Sharpening(replace(sharpening, start=None))
-
-
 def test_sensitivity_is_the_effect_of_a_small_change_of_each_channel(
     start: vae.AutoencoderKLWan, videos: torch.Tensor
 ) -> None:
@@ -300,11 +257,11 @@ def test_sensitivity_is_the_effect_of_a_small_change_of_each_channel(
     noise, size = torch.Generator().manual_seed(1), 0.01
     mean, scale = latents.statistics(start)
     code = latents.encode_normalised(start, videos)
-    before = wholeclip.decode(start, code * scale + mean)
+    before = whole_clip.decode(start, code * scale + mean)
     for channel in (0, 5, 15):
         moved = code.clone()
         moved[:, channel] += size * torch.randn(code[:, channel].shape, generator=noise)
-        change = wholeclip.decode(start, moved * scale + mean) - before
+        change = whole_clip.decode(start, moved * scale + mean) - before
         measured = change.square().sum() / size**2 / len(videos)
         torch.testing.assert_close(found[channel], measured, rtol=0.35, atol=0)
     assert found.max() > 20 * found.median()  # what makes the weights worth having
