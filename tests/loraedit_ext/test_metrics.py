@@ -46,12 +46,15 @@ def test_tensorboard_holds_what_the_jsonl_holds(edit_folder):
 
 
 def wandb_records(run_folder):
-    """All records of an offline run's log; waits for the last, because wandb's own process writes behind a busy trainer."""
+    """All records of an offline run's log; waits for its end, because wandb's own process writes behind a busy trainer.
+
+    What wandb finds out about the machine may come later still.
+    """
     deadline = time.monotonic() + 60
-    while not (found := written_records(run_folder)) or found[-1].WhichOneof("record_type") != "exit":
-        assert time.monotonic() < deadline, f"{run_folder}: {len(found)} records and no end"
+    while all(record.WhichOneof("record_type") != "exit" for record in written_records(run_folder)):
+        assert time.monotonic() < deadline, f"{run_folder}: {len(written_records(run_folder))} records and no end"
         time.sleep(0.2)
-    return found
+    return written_records(run_folder)
 
 
 def written_records(run_folder):

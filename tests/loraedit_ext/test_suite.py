@@ -201,7 +201,7 @@ def test_settings_that_make_no_sense_are_refused(override: str, message: str) ->
 
 def test_quick_is_a_default_that_overrides_beat() -> None:
     settings, rest = load_suite(["suite.steps=7", "optimizer.lr=1e-3"], quick=True)
-    assert (settings.tasks, settings.seeds, settings.steps, settings.appearance_steps) == ("quick", [0], 7, 100)
+    assert (settings.tasks, settings.seeds, settings.steps, settings.appearance_steps) == ("quick", [0], 7, 150)
     assert rest == ["optimizer.lr=1e-3"]
 
 
