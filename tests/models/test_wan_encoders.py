@@ -185,7 +185,7 @@ def test_a_wrong_file_is_told_from_its_names(golden, tmp_path, encoder, file, me
 
 
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
-def test_a_vae_of_another_depth(golden, tmp_path, layout):
+def test_a_vae_of_another_depth(golden, tmp_path, monkeypatch, layout):
     """One residual block per level: the decoder's numbering differs from the released one's."""
     from diffusers import AutoencoderKLWan
 
@@ -198,7 +198,8 @@ def test_a_vae_of_another_depth(golden, tmp_path, layout):
     video = golden("wan_vae").inputs["video"]
     with torch.no_grad():
         expected = model.encode(video).latent_dist.mode()
-    torch.testing.assert_close(vae.encode(video), (expected - vae.mean) / vae.std, atol=1e-4, rtol=1e-4)
+    monkeypatch.setattr(encoders, "WHOLE_CLIP", 0)  # as the library does it, to the bit
+    assert torch.equal(vae.encode(video), (expected - vae.mean) / vae.std)
 
 
 @pytest.mark.parametrize("name", ["encoder.downsamples.900000000.resample.1.weight", "decoder.up_blocks.9.x"])
