@@ -270,7 +270,7 @@ def draw(setup: Setup) -> None:
         shown = [Case(task, "released", False, 0), Case(task, "product", True, 0), Case(task, "whole", True, 0)]
         videos = [media.source, media.truth, *(np.load(case.path(setup.out)) for case in shown)]
         rows.append([regimes.to_unit(video) for video in videos])
-    sheet(rows, setup.out / "edits.png", zoom=1)
+    sheet(rows, setup.out / "edits.png")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

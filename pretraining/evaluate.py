@@ -109,7 +109,7 @@ def validation_loss(model: TinyModel, count: int, size: int) -> dict[str, float]
     return {"transformer_loss": round(plain / count, 4), "transformer_weighted_loss": round(weighted / count, 4)}
 
 
-def sheet(rows: list[list[Tensor]], path: Path, every: int = 3, zoom: int = 1) -> None:
+def sheet(rows: list[list[Tensor]], path: Path, every: int = 3) -> None:
     """A PNG of videos (3, F, H, W): one row a scene, its videos side by side, every `every`-th frame of each."""
     lines = []
     for videos in rows:
@@ -118,9 +118,8 @@ def sheet(rows: list[list[Tensor]], path: Path, every: int = 3, zoom: int = 1) -
         parts = [torch.cat([*pictures, gap], dim=2) for pictures in frames]
         lines.append(torch.cat(parts, dim=2))
     pixels = (torch.cat(lines, dim=1).permute(1, 2, 0).clamp(-1, 1) * 127.5 + 127.5).byte().numpy()
-    picture = Image.fromarray(pixels)
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(path)
+    Image.fromarray(pixels).save(path)
 
 
 @torch.no_grad()

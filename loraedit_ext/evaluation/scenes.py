@@ -104,8 +104,10 @@ def random_scene(
     target = _object(rng, kind, (0.38, 0.54))
     if kind == "emerging":
         target, screen = _hidden_at_first(rng, target, others[-1] if others else None)
-        return _in_contrast(rng, Scene(_background(rng, natural), pan, (*others[:-1], target, screen), len(others[:-1])))
-    return _in_contrast(rng, Scene(_background(rng, natural), pan, (*others, target), len(others)))
+        scene = Scene(_background(rng, natural), pan, (*others[:-1], target, screen), len(others[:-1]))
+    else:
+        scene = Scene(_background(rng, natural), pan, (*others, target), len(others))
+    return _in_contrast(rng, scene)
 
 
 def edit(
