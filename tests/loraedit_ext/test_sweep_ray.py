@@ -153,12 +153,13 @@ def test_a_trial_that_never_began_gets_no_record(tmp_path):
 
 def test_a_child_ends_with_a_parent_that_is_killed(tmp_path):
     """The parent sleeps after it has started the child; SIGKILL leaves it no time for anything."""
-    code = ("import subprocess, sys, time; from common import with_parent;"
-            "child = subprocess.Popen(with_parent.command([sys.executable, '-c', 'import time; time.sleep(1000)']));"
+    program = [sys.executable, "-c", "import time; time.sleep(1000)"]
+    code = (f"import subprocess, time; from common import with_parent;"
+            f"child = subprocess.Popen(with_parent.command({program!r}));"
             "print(child.pid, flush=True); time.sleep(1000)")
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     child = psutil.Process(int(parent.stdout.readline()))
-    wait_for("program in the child", lambda: "time.sleep(1000)" in child.cmdline()[-1])
+    wait_for("program in the child", lambda: child.cmdline() == program)  # empty for a moment while one becomes the other
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     wait_for("end of the child", lambda: not alive(child))
