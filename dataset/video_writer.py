@@ -95,10 +95,10 @@ def write_lossless(path: Path, frames: np.ndarray, fps: Fraction | float) -> Non
         output.mux(stream.encode())
 
 
-def write_images(folder: Path, frames: np.ndarray) -> None:
+def write_images(folder: Path, frames: np.ndarray | Sequence[np.ndarray]) -> None:
     """Write uint8 (F, H, W, 3) or grey (F, H, W) as 00000.png, 00001.png ...; the folder appears whole.
 
-    Frames written there before are replaced.
+    Frames written there before are replaced. A sequence of frames does as well as an array.
 
     Raises:
         UserError: the folder holds anything else than such frames, or cannot be written.

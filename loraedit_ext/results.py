@@ -19,14 +19,11 @@ from dataset.video_writer import write_images, write_lossless, write_mp4
 from loraedit_ext.config import RunConfig
 from loraedit_ext.editor import Edit
 from loraedit_ext.lora import LoraFile
+from loraedit_ext.pictures import contact_sheet, overlaid, side_by_side
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "deepspeed")
 EDITED_VIDEO, EDITED_FRAMES, GENERATED, RECORD = "edited.mp4", "edited", "generated.mkv", "edited.json"
 COMPARISON, SHEET = "comparison.mp4", "contact_sheet.png"
-SHEET_FRAMES = 6
-GAP = 8
-"""Pixels between the pictures of a comparison."""
-_WHITE = 255
 
 
 def write(folder: Path, edit: Edit, job: EditJob, config: RunConfig, adapter: LoraFile) -> list[str]:
@@ -52,24 +49,7 @@ def write(folder: Path, edit: Edit, job: EditJob, config: RunConfig, adapter: Lo
 
 def panels(job: EditJob, edit: Edit) -> list[np.ndarray]:
     """Source, mask laid over it, and result: uint8 (F, H, W, 3) each."""
-    grey = (job.grey_mask[..., None] / 255.0) * 0.5
-    overlay = np.rint(job.frames * (1 - grey) + np.array([255, 0, 80]) * grey).astype(np.uint8)
-    return [job.frames, overlay, edit.frames]
-
-
-def side_by_side(videos: list[np.ndarray]) -> np.ndarray:
-    """Videos uint8 (F, H, W, 3) next to each other: (F, H, sum of W + gaps, 3)."""
-    gap = np.full((*videos[0].shape[:2], GAP, 3), _WHITE, np.uint8)
-    return np.concatenate([part for video in videos for part in (video, gap)][:-1], axis=2)
-
-
-def contact_sheet(videos: list[np.ndarray], count: int = SHEET_FRAMES) -> np.ndarray:
-    """One row for each video, with up to `count` frames evenly spread, first and last among them: uint8 (H', W', 3)."""
-    frames = len(videos[0])
-    chosen = np.unique(np.linspace(0, frames - 1, min(frames, count)).round().astype(int))
-    rows = [side_by_side([video[index : index + 1] for index in chosen])[0] for video in videos]
-    gap = np.full((GAP, rows[0].shape[1], 3), _WHITE, np.uint8)
-    return np.concatenate([part for row in rows for part in (row, gap)][:-1], axis=0)
+    return [job.frames, overlaid(job.frames, job.grey_mask), edit.frames]
 
 
 def record(edit: Edit, job: EditJob, config: RunConfig, adapter: LoraFile) -> dict:

@@ -100,6 +100,10 @@ def test_the_command_line_gains_no_flags():
         "--truth", "--out",
         "--suite", "--quick",  # which of three things to do; all knobs of the benchmark are suite.KEY=value
     }
+    assert flags["prepare.py"] == {  # makes the job's TOML, so it cannot read one
+        "--help", "--traceback", "--source", "--out", "--edited", "--box", "--painted", "--margin", "--start", "--frames",
+        "--caption", "--edited_caption",
+    }
     assert flags["inference.py"] == {"--help", "--config", "--traceback", "--lora", "--out"}
 
 

@@ -11,7 +11,7 @@ import torch
 from common.errors import UserError
 from dataset.images import read_image
 from dataset.video import read_video
-from loraedit_ext import launch, results, sampling
+from loraedit_ext import launch, pictures, sampling
 from loraedit_ext.config import load_config
 
 
@@ -105,12 +105,12 @@ def test_mp4_and_comparison_have_the_sources_frames_and_rate(trained):
 
 def test_the_contact_sheet_shows_source_mask_and_result_from_first_to_last_frame():
     ramp = np.broadcast_to(np.arange(13, dtype=np.uint8)[:, None, None, None], (13, 4, 6, 3))
-    sheet = results.contact_sheet([ramp, ramp + 100], count=4)
+    sheet = pictures.contact_sheet([ramp, ramp + 100], count=4)
     assert sheet.shape == (4 + 8 + 4, 4 * 6 + 3 * 8, 3)
     assert sheet[0, ::14, 0].tolist() == [0, 4, 8, 12]
     assert sheet[-1, ::14, 0].tolist() == [100, 104, 108, 112]
     assert (sheet[4:12] == 255).all()
-    assert results.contact_sheet([ramp[:1]]).shape == (4, 6, 3)
+    assert pictures.contact_sheet([ramp[:1]]).shape == (4, 6, 3)
 
 
 def test_no_lora_is_told_with_the_place_that_was_searched(edit_folder):

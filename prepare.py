@@ -1,0 +1,74 @@
+"""Make an edit job of a video: `python prepare.py --source clip.mp4 --edited frame_edited.png --out jobs/helmet`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from loraedit_ext import cli
+
+DESCRIPTION = (
+    "Make an edit job of a video. Without --edited it writes the frame to edit; with it, it finds what was edited, follows "
+    "that through the video, and writes the mask, a preview of it and job.toml."
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, build, run."""
+    options = _parser().parse_args(arguments)
+    traceback = options.traceback
+
+    def run() -> None:
+        from loraedit_ext.prepare.job import Request, prepare
+
+        given = {name: value for name, value in vars(options).items() if value is not None and name != "traceback"}
+        given |= {name: dict(given[name]) for name in ("boxes", "painted") if name in given}
+        print("\n".join(prepare(Request(**given))))
+
+    return cli.guarded(run, traceback)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--source", type=Path, required=True, metavar="PATH", help="video, or folder of images")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the job's folder, made if need be")
+    parser.add_argument("--edited", type=Path, metavar="PICTURE", help="the edited first frame, at the source's size")
+    parser.add_argument(
+        "--box", dest="boxes", type=_box, action="append", metavar="[FRAME:]LEFT,TOP,WIDTH,HEIGHT",
+        help="the region to edit, in pixels, instead of what --edited shows; again with another frame to mend the track",
+    )
+    parser.add_argument(
+        "--painted", type=_painted, action="append", metavar="[FRAME:]PICTURE",
+        help="the same as a picture, white = edit (from an image editor, SAM, ...)",
+    )
+    parser.add_argument("--margin", type=float, help="widen the mask by this share of the region's size (default: 0.1)")
+    parser.add_argument("--start", type=int, metavar="N", help="first source frame to use (default: 0)")
+    parser.add_argument("--frames", type=int, metavar="N", help="how many to use, 4n+1 (default: up to 49)")
+    parser.add_argument("--caption", metavar="TEXT", help="what the source shows, for job.toml")
+    parser.add_argument("--edited_caption", metavar="TEXT", help="what the edited frame shows")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of a user error")
+    return parser
+
+
+def _at_frame(text: str) -> tuple[int, str]:
+    """`12:REST` or `REST`, which is frame 0's."""
+    frame, colon, rest = text.partition(":")
+    return (int(frame), rest) if colon and frame.isdecimal() else (0, text)
+
+
+def _box(text: str) -> tuple[int, tuple[int, int, int, int]]:
+    frame, numbers = _at_frame(text)
+    left, top, width, height = (int(number) for number in numbers.split(","))
+    if width < 1 or height < 1:
+        raise argparse.ArgumentTypeError(f"{text}: width and height must be positive")
+    return frame, (left, top, width, height)
+
+
+def _painted(text: str) -> tuple[int, Path]:
+    frame, path = _at_frame(text)
+    return frame, Path(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
