@@ -46,7 +46,8 @@ def recipe(out: Path, scale: float, size: int, device: str, compiled: bool) -> l
         f"latents --vae {to}/frozen.pt --out {to}/latents-{size // 2} --size {size // 2} --shards {count(450)} {on}",
         f"transformer --out {to}/small --steps {count(24000)} --batch 32 {small}",
         f"latents --vae {to}/frozen.pt --out {to}/latents-{size} --size {size} --shards {count(200)} {on}",
-        f"transformer --out {to}/transformer --start {to}/small/transformer.pt --steps {count(8000)} --batch 8 {full}",
+        f"transformer --out {to}/transformer --start {to}/small/transformer.pt --steps {count(8000)} --batch 8 "
+        f"--windows 0.75 {full}",
         f"vae --out {to}/decoder --start {to}/frozen.pt --decoder-only --steps {count(3000)} {training}",
         f"export --vae {to}/decoder/vae.pt --transformer {to}/transformer/transformer.pt --out {to}/tiny-wan-i2v",
         f"evaluate {to}/tiny-wan-i2v --out {to}/evaluation --clips {count(64)} --rows {count(10)} --size {size} {on}",

@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=1.0, help="by captions")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    loop.one_thread(options.device)
+    loop.limit_threads(options.device)
     model = TinyModel(options.checkpoint, options.device)
     draw(model, options.out, options.rows, options.size, options.guidance)
     metrics: dict[str, float] = {"clips": options.clips, **reconstruction(model, options.clips, options.size)}

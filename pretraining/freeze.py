@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--clips", type=int, default=256, help="clips to measure the latents on")
     options = parser.parse_args()
-    loop.one_thread("cpu")
+    loop.limit_threads("cpu")
     vae = load_vae(options.vae)
     mean, std = measure(vae, options.clips)
     print("latent mean", [round(value, 2) for value in mean.tolist()])

@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--latents", type=Path, required=True, help="folder of encoded clips (pretraining.latents)")
     parser.add_argument("--batch", type=int, default=Options.batch)
     options = Options(**vars(parser.parse_args()))
-    loop.one_thread(options.device)
+    loop.limit_threads(options.device, options.threads)
     loop.run(HunyuanTraining(options))
 
 

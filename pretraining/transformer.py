@@ -30,7 +30,7 @@ from pretraining.latents import LatentPool, load_shards
 from pretraining.sensitivity import channel_weights
 from pretraining.vae import load_vae
 
-SHIFT = 3.0
+SHIFT = 2.0
 TEXT_DROPOUT = 0.15
 EMA = 0.999
 _LOOK_EVERY = 100  # steps between two looks for new shards
@@ -111,12 +111,14 @@ class Options(loop.Options):
         batch: clips a step.
         start: weights to begin from instead of fresh ones; a shallower model's are deepened.
         vae: weigh the error in each latent channel by what this VAE's decoder makes of it; None: all alike.
+        windows: share of the steps that see windows of half the height and width, out of four times as many clips.
     """
 
     latents: Path = Path()
     batch: int = 16
     start: Path | None = None
     vae: Path | None = None
+    windows: float = 0.0
 
 
 class TransformerTraining(loop.Training):
@@ -127,8 +129,8 @@ class TransformerTraining(loop.Training):
     """What torch.compile gets to see of `predict`."""
 
     def __init__(self, options: Options) -> None:
-        self.latents, self.batch = options.latents, options.batch
-        self.compiled = torch.compile(self.compute) if options.compile else self.compute
+        self.latents, self.batch, self.windows = options.latents, options.batch, options.windows
+        self.compiled = torch.compile(self.compute, dynamic=False) if options.compile else self.compute
         model = self.fresh(options)
         if options.start:
             start = torch.load(options.start, weights_only=True, map_location="cpu")
@@ -175,13 +177,20 @@ class TransformerTraining(loop.Training):
         if self.step % _LOOK_EVERY == 0 and (fresh := load_shards(self.latents, self.known)):
             self.pool = self.pool.joined(fresh)
         noise = self.generator()
-        clips = self.pool.take(torch.randint(len(self.pool), (self.batch,), generator=noise))
-        t = flow.apply_shift(torch.sigmoid(torch.randn(self.batch, generator=noise)), SHIFT)
-        silent = torch.rand(self.batch, generator=noise) < TEXT_DROPOUT
+        clips = self._clips(noise)
+        t = flow.apply_shift(torch.sigmoid(torch.randn(len(clips), generator=noise)), SHIFT)
+        silent = torch.rand(len(clips), generator=noise) < TEXT_DROPOUT
         clips.text[silent] = self.silence
         pair = self._velocities(self.model, clips, t, torch.randn(clips.video.shape, generator=noise), self.compiled)
         value = flow.loss(*pair, self.channel_weights)
         return value, {"loss": value.item(), "clips": len(self.pool)}
+
+    def _clips(self, noise: torch.Generator) -> LatentPool:
+        """The step's batch, whole clips or windows."""
+        small = self.windows > 0 and torch.rand((), generator=noise).item() < self.windows
+        count = 4 * self.batch if small else self.batch
+        clips = self.pool.take(torch.randint(len(self.pool), (count,), generator=noise))
+        return clips.windows(noise) if small else clips
 
     def _velocities(
         self, model: nn.Module, clips: LatentPool, t: Tensor, noise: Tensor, compute: Callable[..., Tensor]
@@ -223,8 +232,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=Options.batch)
     parser.add_argument("--start", type=Path, help="weights to begin from (pretraining.export --unpack)")
     parser.add_argument("--vae", type=Path, help="weigh latent channels by their part in this VAE's pictures")
+    parser.add_argument("--windows", type=float, default=Options.windows,
+                        help="share of the steps on windows of half the size, four times as many a step")
     options = Options(**vars(parser.parse_args()))
-    loop.one_thread(options.device)
+    loop.limit_threads(options.device, options.threads)
     loop.run(TransformerTraining(options))
 
 

@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="vae.pt to begin from")
     parser.add_argument("--decoder-only", action="store_true", help="freeze the encoder")
     options = Options(**vars(parser.parse_args()))
-    loop.one_thread(options.device)
+    loop.limit_threads(options.device, options.threads)
     loop.run(VAETraining(options))
 
 
