@@ -24,7 +24,7 @@ from dataset.video_writer import write_images, write_mp4
 from loraedit_ext import masks
 from loraedit_ext.pictures import contact_sheet, overlaid
 from loraedit_ext.prepare.difference import changed
-from loraedit_ext.prepare.regions import Box, Region, from_box, from_picture, widened
+from loraedit_ext.prepare.regions import Box, Region, box_around, from_box, from_picture, widened
 from loraedit_ext.prepare.tracking import Track, track
 
 FRAME, MASK, JOB, PREVIEW, SHEET = "frame.png", "mask", "job.toml", "preview.mp4", "preview.png"
@@ -156,7 +156,7 @@ def _region_of_edit(request: Request, clip: Video, edited: np.ndarray) -> Region
     if share > MOST_CHANGED:
         raise UserError(f"{request.edited}: differs from frame {clip.first} of {clip.path.name} in {share:.0%} of the "
                         "picture, so it does not tell where the edit is. Give the region with --box or --painted.")  # fmt: skip
-    return from_box(from_picture(touched).box, touched.shape)
+    return from_box(box_around(touched), touched.shape)
 
 
 def _masks(tracked: Track, margin: float) -> np.ndarray:
@@ -167,7 +167,7 @@ def _masks(tracked: Track, margin: float) -> np.ndarray:
 def _told(keys: Mapping[int, Region], tracked: Track, grey: np.ndarray) -> list[str]:
     lines = []
     for frame, region in sorted(keys.items()):
-        left, top, width, height = region.box
+        left, top, width, height = box_around(region.shape)
         lines.append(f"region    frame {frame}: {width}x{height} at ({left}, {top})")
     cover = grey.mean((1, 2)) / 2.55
     lines.append(f"mask      {cover.mean():.1f} % of the picture on average, {cover.min():.1f} to {cover.max():.1f} %")
@@ -185,7 +185,7 @@ def _lost(before: np.ndarray, edited: np.ndarray, grey: np.ndarray) -> list[str]
     outside = touched & (grey < masks.THRESHOLD)
     if outside.sum() <= _LOST * touched.sum():
         return []
-    left, top, width, height = from_picture(outside).box
+    left, top, width, height = box_around(outside)
     share, place = outside.sum() / touched.sum(), f"({left}, {top}) to ({left + width}, {top + height})"
     return [f"note      {share:.0%} of what the edited picture changes is outside the mask, from {place}, and will be lost. "
             "Widen the region or --margin."]  # fmt: skip

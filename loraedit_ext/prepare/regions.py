@@ -30,14 +30,14 @@ class Region:
     shape: np.ndarray
     core: np.ndarray
 
-    @property
-    def box(self) -> Box:
-        """The upright box around it."""
-        return cv2.boundingRect(self.shape.astype(np.uint8))
-
     def moved(self, transform: np.ndarray) -> Region:
         """The region of another frame; what leaves the picture is cut off."""
         return Region(_warp(self.shape, transform), _warp(self.core, transform))
+
+
+def box_around(shape: np.ndarray) -> Box:
+    """The upright box around a shape, bool (H, W)."""
+    return cv2.boundingRect(shape.astype(np.uint8))
 
 
 def from_box(box: Box, size: tuple[int, int]) -> Region:
@@ -64,7 +64,7 @@ def widened(shape: np.ndarray, margin: float) -> np.ndarray:
     Args:
         margin: share of the shape's size (the root of width times height of its box); at least `SMALLEST_MARGIN` pixels.
     """
-    _, _, width, height = cv2.boundingRect(shape.astype(np.uint8))
+    _, _, width, height = box_around(shape)
     pixels = max(SMALLEST_MARGIN, round(margin * (width * height) ** 0.5))
     return cv2.dilate(shape.astype(np.uint8), np.ones((2 * pixels + 1, 2 * pixels + 1), np.uint8)).astype(bool)
 

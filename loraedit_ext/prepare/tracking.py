@@ -102,27 +102,26 @@ class _Steps:
         grey = self._grey(start), self._grey(end)
         small = cv2.resize(core.astype(np.uint8), grey[0].shape[::-1], interpolation=cv2.INTER_NEAREST)
         forth, back = self.estimator.calc(*grey, None), self.estimator.calc(*grey[::-1], None)
-        points, targets = _pairs(small, forth, back)
+        sampled = _sampled(small)
+        points, targets = _pairs(sampled, forth, back)
         if len(points) < _FEWEST:
             return np.eye(2, 3), 0.0
         matrix, agreeing = _similarity(points, targets)
         matrix[:, 2] /= self.factor
-        return matrix, agreeing * len(points) / max(1, _sampled(small)[0].size)
+        return matrix, agreeing * len(points) / len(sampled)
 
 
-def _sampled(core: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of the core, evenly thinned out."""
-    rows, columns = np.nonzero(core)
-    every = max(1, len(rows) // _POINTS)
-    return rows[::every], columns[::every]
+def _sampled(core: np.ndarray) -> np.ndarray:
+    """Points of the core, int (N, 2), evenly thinned out."""
+    points = np.argwhere(core)[:, ::-1]
+    return points[:: max(1, len(points) // _POINTS)]
 
 
-def _pairs(core: np.ndarray, forth: np.ndarray, back: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Points (N, 2) of the core and where they go, as far as the way back agrees and they stay in the picture."""
-    rows, columns = _sampled(core)
-    points = np.stack([columns, rows], 1).astype(np.float32)
-    targets = points + forth[rows, columns]
-    height, width = core.shape
+def _pairs(sampled: np.ndarray, forth: np.ndarray, back: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sampled points (N, 2) and where they go, as far as the way back agrees and they stay in the picture."""
+    points = sampled.astype(np.float32)
+    targets = points + forth[sampled[:, 1], sampled[:, 0]]
+    height, width = forth.shape[:2]
     inside = ((targets >= 0) & (targets <= (width - 1, height - 1))).all(1)
     points, targets = points[inside], targets[inside]
     if not len(points):
