@@ -39,7 +39,7 @@ class Track:
     Attributes:
         shapes: bool (F, H, W).
         agreement: float64 (F,): share of the core that agreed on the step to this frame, from the side of its key
-            frame; 1 at key frames, 0 where nothing of the region is left in the picture.
+            frame, of what stays in the picture; 1 at key frames, 0 where too little of it could be found.
     """
 
     shapes: np.ndarray
@@ -76,10 +76,11 @@ def track(frames: np.ndarray, keys: Mapping[int, Region]) -> Track:
 
 def _follow(region: Region, path: range, steps: _Steps, shapes: np.ndarray, agreement: np.ndarray) -> None:
     """Fill in the frames of `path`, which begins beside the region's key frame."""
-    whole = np.eye(3)
+    whole, step = np.eye(3), np.eye(2, 3)
     present = region
     for index in path:
-        step, agreement[index] = steps.between(index - path.step, index, present.core)
+        measured, agreement[index] = steps.between(index - path.step, index, present.core)
+        step = step if measured is None else measured  # what is out of sight goes on as it went
         whole = np.vstack([step, [0, 0, 1]]) @ whole
         present = region.moved(whole[:2])
         shapes[index] = present.shape
@@ -90,25 +91,28 @@ class _Steps:
 
     def __init__(self, frames: np.ndarray) -> None:
         self.factor = min(1.0, WORKING_SIDE / min(frames.shape[1:3]))
-        self.frames = frames
+        self.greys = [self._grey(frame) for frame in frames]
         self.estimator = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
 
-    def _grey(self, index: int) -> np.ndarray:
-        grey = cv2.cvtColor(self.frames[index], cv2.COLOR_RGB2GRAY)
+    def _grey(self, frame: np.ndarray) -> np.ndarray:
+        grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
         return cv2.resize(grey, None, fx=self.factor, fy=self.factor, interpolation=cv2.INTER_AREA)
 
-    def between(self, start: int, end: int, core: np.ndarray) -> tuple[np.ndarray, float]:
-        """The similarity, float64 (2, 3), that takes the core of frame `start` to frame `end`, and how much of it agrees."""
-        grey = self._grey(start), self._grey(end)
+    def between(self, start: int, end: int, core: np.ndarray) -> tuple[np.ndarray | None, float]:
+        """The similarity, float64 (2, 3), that takes the core of frame `start` to frame `end`, and how much of it agrees.
+
+        None and 0 where too little of the core can be found again.
+        """
+        grey = self.greys[start], self.greys[end]
         small = cv2.resize(core.astype(np.uint8), grey[0].shape[::-1], interpolation=cv2.INTER_NEAREST)
         forth, back = self.estimator.calc(*grey, None), self.estimator.calc(*grey[::-1], None)
         sampled = _sampled(small)
-        points, targets = _pairs(sampled, forth, back)
+        points, targets, staying = _pairs(sampled, forth, back)
         if len(points) < _FEWEST:
-            return np.eye(2, 3), 0.0
+            return None, 0.0
         matrix, agreeing = _similarity(points, targets)
         matrix[:, 2] /= self.factor
-        return matrix, agreeing * len(points) / len(sampled)
+        return matrix, agreeing * len(points) / staying
 
 
 def _sampled(core: np.ndarray) -> np.ndarray:
@@ -117,18 +121,18 @@ def _sampled(core: np.ndarray) -> np.ndarray:
     return points[:: max(1, len(points) // _POINTS)]
 
 
-def _pairs(sampled: np.ndarray, forth: np.ndarray, back: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sampled points (N, 2) and where they go, as far as the way back agrees and they stay in the picture."""
+def _pairs(sampled: np.ndarray, forth: np.ndarray, back: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Sampled points (N, 2) and where they go, as far as they stay in the picture and the way back agrees; how many stay."""
     points = sampled.astype(np.float32)
     targets = points + forth[sampled[:, 1], sampled[:, 0]]
     height, width = forth.shape[:2]
     inside = ((targets >= 0) & (targets <= (width - 1, height - 1))).all(1)
     points, targets = points[inside], targets[inside]
     if not len(points):
-        return points, targets
+        return points, targets, 0
     returned = cv2.remap(back, targets[None, :, 0], targets[None, :, 1], cv2.INTER_LINEAR)[0]
     kept = np.linalg.norm(targets + returned - points, axis=1) < _RETURN
-    return points[kept], targets[kept]
+    return points[kept], targets[kept], len(points)
 
 
 def _similarity(points: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, float]:
