@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -17,9 +17,11 @@ import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from common.files import write_atomic
 from loraedit_ext.evaluation.captions import caption
+from loraedit_ext.evaluation.rendering import Rendered, render
 from loraedit_ext.evaluation.scenes import Scene, another_future, random_scene
 from models.wan import whole_clip
 from pretraining import clips
@@ -27,6 +29,8 @@ from pretraining.conditioning import Conditioner
 
 SHARD = 64
 FUTURES = 4  # clips that share a first frame: their condition is encoded once, and no first frame gives its clip away
+_STRIDE = 8  # pixels a latent
+_ANYWHERE = 0.02  # of an object's weight is what a place without objects has, when windows are drawn
 _STILL_CAPTIONS = 0.3  # share of captions that say nothing about motion, as a caption of the first frame alone
 
 
@@ -38,38 +42,52 @@ class LatentPool:
         video, condition: (clips, 16, T, h, w), normalised latents of the clip and of its first-frame condition.
         text: (clips, TEXT_LEN, text width), zero-padded.
         image: (clips, tokens, image width).
+        objects: (clips, h, w) in [0, 1], the share of a latent's pixels, over all frames, in which an object is seen.
     """
 
     video: Tensor
     condition: Tensor
     text: Tensor
     image: Tensor
+    objects: Tensor
 
     def __len__(self) -> int:
         return len(self.video)
 
     def take(self, indices: Tensor) -> LatentPool:
-        return LatentPool(*(part[indices].float() for part in (self.video, self.condition, self.text, self.image)))
+        return LatentPool(*(part[indices].float() for part in vars(self).values()))
 
     def to(self, device: str) -> LatentPool:
-        return LatentPool(*(part.to(device) for part in (self.video, self.condition, self.text, self.image)))
+        return LatentPool(*(part.to(device) for part in vars(self).values()))
 
     def windows(self, generator: torch.Generator) -> LatentPool:
-        """Half of the height and the width of each clip, at a random place on the grid of 2x2 latents (a token)."""
+        """Half of the height and width of each clip around a random point of an object, on the grid of 2x2 latents (a token).
+
+        Away from the objects there is little left to learn: three quarters of the error lay in a quarter of the picture.
+        """
         height, width = (side // 2 for side in self.video.shape[-2:])
-        places = 2 * torch.randint(0, min(height, width) // 2 + 1, (len(self), 2), generator=generator)
+        points = torch.multinomial(self.objects.flatten(1) + _ANYWHERE, 1, generator=generator)[:, 0]
+        drift = 0.25 + 0.5 * torch.rand((2, len(self)), generator=generator)  # the point's place in the window
+        tops = _on_tokens(points // self.objects.shape[-1] - height * drift[0], height)
+        lefts = _on_tokens(points % self.objects.shape[-1] - width * drift[1], width)
 
         def cut(part: Tensor) -> Tensor:
             return torch.stack([
                 clip[..., top : top + height, left : left + width]
-                for clip, (top, left) in zip(part, places.tolist(), strict=True)
+                for clip, top, left in zip(part, tops, lefts, strict=True)
             ])
 
-        return LatentPool(cut(self.video), cut(self.condition), self.text, self.image)
+        return LatentPool(cut(self.video), cut(self.condition), self.text, self.image, cut(self.objects))
 
     def joined(self, others: list[LatentPool]) -> LatentPool:
-        names = ("video", "condition", "text", "image")
-        return LatentPool(*(torch.cat([getattr(self, n), *(getattr(o, n) for o in others)]) for n in names))
+        return LatentPool(*(
+            torch.cat([part, *(getattr(other, name) for other in others)]) for name, part in vars(self).items()
+        ))
+
+
+def _on_tokens(starts: Tensor, last: int) -> list[int]:
+    """The even numbers from 0 to `last` nearest to where windows ought to start."""
+    return (2 * (starts / 2).round().long()).clamp(0, last).tolist()
 
 
 def encode_scenes(
@@ -77,10 +95,11 @@ def encode_scenes(
     size: int = clips.SIZE,
 ) -> LatentPool:
     """Encode scenes with their captions, in half precision; each run of `futures` scenes shares its first frame."""
-    parts: dict[str, list[Tensor]] = {"video": [], "condition": [], "text": [], "image": []}
+    parts: dict[str, list[Tensor]] = {field.name: [] for field in fields(LatentPool)}
     for start in range(0, len(scenes), futures):
         group = scenes[start : start + futures]
-        video = torch.stack([clips.scene_video(scene, size=size) for scene, _ in group])
+        rendered = [render(scene, clips.FRAMES, (size, size)) for scene, _ in group]
+        video = torch.stack([clips.to_tensor(one.video) for one in rendered])
         first, count = video[:1], len(group)
         # One by one: on a CPU four at a time fall out of its cache and take a third longer.
         parts["video"] += [encode_normalised(vae, clip[None]) for clip in video]
@@ -88,7 +107,14 @@ def encode_scenes(
         parts["condition"].append(condition.expand(count, -1, -1, -1, -1))
         parts["text"].append(torch.stack([conditioner.text(words) for _, words in group]))
         parts["image"].append(conditioner.image(first[:, :, 0]).expand(count, -1, -1))
+        parts["objects"].append(torch.stack([object_share(one) for one in rendered]))
     return LatentPool(**{name: torch.cat(values).half().cpu().contiguous() for name, values in parts.items()})
+
+
+def object_share(rendered: Rendered) -> Tensor:
+    """Share of each latent's pixels, over all frames, in which an object is seen; (h, w) in [0, 1]."""
+    seen = torch.from_numpy(rendered.visible).sum(0).mean(0)
+    return avg_pool2d(seen[None], _STRIDE)[0]
 
 
 @torch.no_grad()

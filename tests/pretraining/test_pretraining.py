@@ -6,11 +6,13 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from common.errors import UserError
 from loraedit_ext.evaluation.captions import VOCABULARY
+from loraedit_ext.evaluation.rendering import Rendered
 from loraedit_ext.evaluation.scenes import random_scene
 from models.wan import whole_clip
 from models.wan.checkpoint import WanCheckpoint
@@ -187,7 +189,8 @@ def test_windows_are_cut_alike_out_of_clip_and_condition_on_the_grid_of_tokens()
     rows, columns = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
     place = torch.stack([rows, columns]).unsqueeze(1).expand(64, 2, 4, 16, 16)
     words = torch.arange(64.0).view(64, 1, 1)
-    found = latents.LatentPool(place, place + 100, words, words).windows(torch.Generator().manual_seed(0))
+    objects = torch.ones(64, 16, 16)
+    found = latents.LatentPool(place, place + 100, words, words, objects).windows(torch.Generator().manual_seed(0))
     assert found.video.shape == (64, 2, 4, 8, 8)
     assert torch.equal(found.condition, found.video + 100)
     assert torch.equal(found.text, words)
@@ -195,6 +198,29 @@ def test_windows_are_cut_alike_out_of_clip_and_condition_on_the_grid_of_tokens()
     assert torch.equal(found.video - corners[..., None, None, None], place[..., :8, :8])
     assert {tuple(corner) for corner in corners.tolist()} <= {(a, b) for a in range(0, 9, 2) for b in range(0, 9, 2)}
     assert set(corners.flatten().tolist()) == {0, 2, 4, 6, 8}
+
+
+def test_windows_show_the_objects() -> None:
+    """One object a clip, one latent large: nearly every window holds it, wherever it is, and not always at one place."""
+    objects = torch.zeros(256, 16, 16)
+    rows, columns = torch.randint(0, 16, (2, 256), generator=torch.Generator().manual_seed(1))
+    objects[torch.arange(256), rows, columns] = 100 * 256 * latents._ANYWHERE
+    video = objects[:, None, None].expand(-1, 1, 4, -1, -1)
+    found = latents.LatentPool(video, video, objects, objects, objects).windows(torch.Generator().manual_seed(0))
+    assert torch.equal(found.video[:, 0, 0], found.objects)
+    held = found.objects > 0
+    assert held.flatten(1).any(1).float().mean() > 0.95
+    assert held.any(0).float().mean() > 0.8
+
+
+def test_object_shares_are_those_of_the_picture() -> None:
+    seen = np.zeros((2, 4, 32, 16), np.float32)
+    seen[0, :2, 8:16, :8] = 0.5
+    seen[1, :, 8:16, :4] = 0.5
+    share = latents.object_share(Rendered(seen[0, ..., None], seen, seen))
+    expected = torch.zeros(4, 2)
+    expected[1, 0] = 0.5 / 2 + 0.5 / 2
+    assert torch.equal(share, expected)
 
 
 def test_a_step_on_windows_sees_four_times_as_many_clips(pool: Path, tmp_path: Path) -> None:
