@@ -25,7 +25,7 @@ from models.wan.config import WanConfig
 from models.wan.transformer import EmbedLayer, WanTransformer
 from pretraining import encoders, loop
 from pretraining.conditioning import Conditioner
-from pretraining.deepen import deepened
+from pretraining.grow import grown
 from pretraining.latents import LatentPool, load_shards
 from pretraining.sensitivity import channel_weights
 from pretraining.vae import load_vae
@@ -109,7 +109,7 @@ class Options(loop.Options):
     Attributes:
         latents: folder of shards that `pretraining.latents` fills.
         batch: clips a step.
-        start: weights to begin from instead of fresh ones; a shallower model's are deepened.
+        start: weights to begin from instead of fresh ones; a smaller model's are grown.
         vae: weigh the error in each latent channel by what this VAE's decoder makes of it; None: all alike.
         windows: share of the steps that see windows of half the height and width, out of four times as many clips.
     """
@@ -134,7 +134,7 @@ class TransformerTraining(loop.Training):
         model = self.fresh(options)
         if options.start:
             start = torch.load(options.start, weights_only=True, map_location="cpu")
-            model.load_state_dict(deepened(start, model.config.num_layers))
+            model.load_state_dict(grown(start, model.config))
         self.known: set[str] = set()
         self.average = copy.deepcopy(model).requires_grad_(False).to(options.device)
         self.silence = Conditioner().text("")

@@ -30,7 +30,7 @@ from pretraining import (
     vae,
 )
 from pretraining.conditioning import Conditioner
-from pretraining.deepen import deepened, depth
+from pretraining.grow import deepened, depth, widened
 from pretraining.muon import Muon, orthogonalise, split_parameters
 
 
@@ -287,6 +287,27 @@ def test_a_deepened_transformer_computes_what_the_shallow_one_does_and_learns_in
     assert all(block.self_attn.o.weight.grad.abs().sum() > 0 for block in deep.blocks)
     silent = [index for index, block in enumerate(deep.blocks) if not block.ffn[2].weight.any()]
     assert silent == [1, 2, 4]  # between the old ones, not behind them
+
+
+def test_a_widened_transformer_computes_what_the_narrow_one_does_and_learns_in_every_channel() -> None:
+    """At twice the width the norms see each channel twice, and the output is the same; at less it is nearly so."""
+    config = replace(transformer.tiny_config(), num_layers=2)
+    narrow = transformer.build(config)
+    torch.nn.init.normal_(narrow.head.head.weight)
+    noise = torch.Generator().manual_seed(0)
+    shapes = ((2, 16, 2, 4, 4), (2,), (2, 20, 2, 4, 4), (2, 32, encoders.TEXT_DIM), (2, 17, encoders.IMAGE_DIM))
+    inputs = [torch.randn(shape, generator=noise) for shape in shapes]
+    expected = transformer.velocity(narrow, *inputs)
+    for scale, hidden, error in ((2, 700, 1e-10), (4 / 3, 768, 2e-3)):
+        wider = replace(config, dim=round(192 * scale), num_heads=round(6 * scale), ffn_dim=hidden)
+        wide = transformer.build(wider)
+        wide.load_state_dict(widened(narrow.state_dict(), wider))
+        output = transformer.velocity(wide, *inputs)
+        assert (output - expected).square().mean() < error * expected.square().mean()
+    output.square().mean().backward()
+    for block in wide.blocks:
+        assert (block.self_attn.o.weight.grad[:, 192:].abs().sum(0) > 0).all()
+        assert (block.ffn[0].weight.grad[:, 192:].abs().sum(0) > 0).all()
 
 
 def test_a_run_starts_from_the_weights_of_a_shallower_model(pool: Path, tmp_path: Path) -> None:
