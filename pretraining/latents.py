@@ -24,12 +24,12 @@ from loraedit_ext.evaluation.captions import caption
 from loraedit_ext.evaluation.rendering import Rendered, render
 from loraedit_ext.evaluation.scenes import Scene, another_future, random_scene
 from models.wan import whole_clip
+from models.wan.encoders import WanVAE
 from pretraining import clips
 from pretraining.conditioning import Conditioner
 
 SHARD = 64
 FUTURES = 4  # clips that share a first frame: their condition is encoded once, and no first frame gives its clip away
-_STRIDE = 8  # pixels a latent
 _ANYWHERE = 0.02  # of an object's weight is what a place without objects has, when windows are drawn
 _STILL_CAPTIONS = 0.3  # share of captions that say nothing about motion, as a caption of the first frame alone
 
@@ -114,7 +114,7 @@ def encode_scenes(
 def object_share(rendered: Rendered) -> Tensor:
     """Share of each latent's pixels, over all frames, in which an object is seen; (h, w) in [0, 1]."""
     seen = torch.from_numpy(rendered.visible).sum(0).mean(0)
-    return avg_pool2d(seen[None], _STRIDE)[0]
+    return avg_pool2d(seen[None], WanVAE.spatial_factor)[0]
 
 
 @torch.no_grad()

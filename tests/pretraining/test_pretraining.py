@@ -157,9 +157,7 @@ def test_features_tell_words_order_and_pictures_apart(videos: torch.Tensor) -> N
 def test_training_forward_equals_the_models_and_reaches_every_parameter() -> None:
     model = transformer.build(replace(transformer.tiny_config(), num_layers=1))
     torch.nn.init.normal_(model.head.head.weight)
-    noise = torch.Generator().manual_seed(0)
-    shapes = ((2, 16, 2, 4, 4), (2,), (2, 20, 2, 4, 4), (2, 32, encoders.TEXT_DIM), (2, 17, encoders.IMAGE_DIM))
-    inputs = [torch.randn(shape, generator=noise) for shape in shapes]
+    inputs = velocity_inputs()
     output = transformer.velocity(model, *inputs)
     torch.testing.assert_close(output, model(*inputs))
     output.square().mean().backward()
@@ -273,14 +271,19 @@ def test_decoder_only_training_leaves_the_encoder_alone(tmp_path: Path) -> None:
     assert trained == {id(weight) for weight in training.vae.parameters()} - {id(weight) for weight in frozen}
 
 
+def velocity_inputs() -> list[torch.Tensor]:
+    """Random arguments of `transformer.velocity` behind the model: two clips of 2x4x4 latents."""
+    noise = torch.Generator().manual_seed(0)
+    shapes = ((2, 16, 2, 4, 4), (2,), (2, 20, 2, 4, 4), (2, 32, encoders.TEXT_DIM), (2, 17, encoders.IMAGE_DIM))
+    return [torch.randn(shape, generator=noise) for shape in shapes]
+
+
 def test_a_deepened_transformer_computes_what_the_shallow_one_does_and_learns_in_every_block() -> None:
     config = transformer.tiny_config()
     shallow, deep = (transformer.build(replace(config, num_layers=layers)) for layers in (2, 5))
     torch.nn.init.normal_(shallow.head.head.weight)
     deep.load_state_dict(deepened(shallow.state_dict(), 5))
-    noise = torch.Generator().manual_seed(0)
-    shapes = ((2, 16, 2, 4, 4), (2,), (2, 20, 2, 4, 4), (2, 32, encoders.TEXT_DIM), (2, 17, encoders.IMAGE_DIM))
-    inputs = [torch.randn(shape, generator=noise) for shape in shapes]
+    inputs = velocity_inputs()
     output = transformer.velocity(deep, *inputs)
     assert torch.equal(output, transformer.velocity(shallow, *inputs))
     output.square().mean().backward()
@@ -294,9 +297,7 @@ def test_a_widened_transformer_computes_what_the_narrow_one_does_and_learns_in_e
     config = replace(transformer.tiny_config(), num_layers=2)
     narrow = transformer.build(config)
     torch.nn.init.normal_(narrow.head.head.weight)
-    noise = torch.Generator().manual_seed(0)
-    shapes = ((2, 16, 2, 4, 4), (2,), (2, 20, 2, 4, 4), (2, 32, encoders.TEXT_DIM), (2, 17, encoders.IMAGE_DIM))
-    inputs = [torch.randn(shape, generator=noise) for shape in shapes]
+    inputs = velocity_inputs()
     expected = transformer.velocity(narrow, *inputs)
     for scale, hidden, error in ((2, 700, 1e-10), (4 / 3, 768, 2e-3)):
         wider = replace(config, dim=round(192 * scale), num_heads=round(6 * scale), ffn_dim=hidden)
