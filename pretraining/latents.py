@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from common.errors import UserError
 from common.files import write_atomic
 from loraedit_ext.evaluation.captions import caption
 from loraedit_ext.evaluation.rendering import Rendered, render
@@ -173,7 +174,18 @@ def load_shards(folder: Path, known: set[str]) -> list[LatentPool]:
     """Shards of a folder that are not in `known` yet; adds their names to it."""
     fresh = [path for path in sorted(folder.glob("*.safetensors")) if path.name not in known]
     known.update(path.name for path in fresh)
-    return [LatentPool(**load_file(path)) for path in fresh]
+    return [_shard(path) for path in fresh]
+
+
+def _shard(path: Path) -> LatentPool:
+    tensors = load_file(path)
+    expected = {field.name for field in fields(LatentPool)}
+    if tensors.keys() != expected:
+        raise UserError(
+            f"{path}: holds {', '.join(sorted(tensors))}; expected {', '.join(sorted(expected))}. It is no shard of this "
+            "version: make the folder again with `python -m pretraining.latents`."
+        )
+    return LatentPool(**tensors)
 
 
 def main() -> None:

@@ -65,7 +65,7 @@ def ran(tmp_path_factory):
     noise = torch.Generator().manual_seed(0)
     shapes = {
         "video": (2, 16, 4, 8, 8), "condition": (2, 16, 4, 8, 8), "text": (2, encoders.TEXT_LEN, encoders.TEXT_DIM),
-        "image": (2, 17, encoders.IMAGE_DIM),
+        "image": (2, 17, encoders.IMAGE_DIM), "objects": (2, 8, 8),
     }  # fmt: skip
     (folder / "latents").mkdir()
     for shard in range(2):

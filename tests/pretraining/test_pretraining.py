@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from common.errors import UserError
 from loraedit_ext.evaluation.captions import VOCABULARY
@@ -209,6 +210,13 @@ def test_windows_show_the_objects() -> None:
     held = found.objects > 0
     assert held.flatten(1).any(1).float().mean() > 0.95
     assert held.any(0).float().mean() > 0.8
+
+
+def test_a_folder_of_other_shards_is_refused_by_name(tmp_path: Path) -> None:
+    """Before windows were cut around objects, shards did not say where these are."""
+    save_file({"video": torch.zeros(1), "text": torch.zeros(1)}, tmp_path / "00000.safetensors")
+    with pytest.raises(UserError, match=r"00000\.safetensors: holds text, video; expected .*objects.* make the folder again"):
+        latents.load_shards(tmp_path, set())
 
 
 def test_object_shares_are_those_of_the_picture() -> None:
