@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,15 +18,19 @@ from torch import Tensor
 from common.files import write_json_atomic
 from loraedit_ext import flow
 from loraedit_ext.evaluation.captions import caption
+from loraedit_ext.evaluation.rendering import render
 from loraedit_ext.evaluation.scenes import Scene
 from models.base import TIMESTEPS
 from models.wan.checkpoint import WanCheckpoint
 from models.wan.encoders import WanImageEncoder, WanTextEncoder, WanVAE
 from models.wan.transformer import WanTransformer
 from pretraining import clips, loop
+from pretraining.latents import object_share
 from pretraining.sensitivity import channel_weights
 from pretraining.transformer import SHIFT, conditioning
 from pretraining.vae import psnr
+
+LEVELS = (0.15, 0.3, 0.5, 0.7, 0.85, 0.95)
 
 
 class TinyModel:
@@ -90,12 +95,11 @@ def reconstruction(model: TinyModel, count: int, size: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def validation_loss(model: TinyModel, count: int, size: int) -> dict[str, float]:
+def validation_loss(model: TinyModel, weights: Tensor, count: int, size: int) -> dict[str, float]:
     """Flow-matching loss on held-out clips, noise levels evenly spread over the training distribution's range.
 
-    With all latent channels alike, and weighed by their part in the picture as in training.
+    With all latent channels alike, and weighed by their part in the picture as in training (`channel_weights`).
     """
-    weights = channel_weights(model.vae.model)
     levels = flow.apply_shift(torch.linspace(0.02, 0.98, count), SHIFT)
     noise = torch.Generator().manual_seed(5)
     plain = weighted = 0.0
@@ -107,6 +111,26 @@ def validation_loss(model: TinyModel, count: int, size: int) -> dict[str, float]
         plain += flow.loss(predicted, velocity).item()
         weighted += flow.loss(predicted, velocity, weights).item()
     return {"transformer_loss": round(plain / count, 4), "transformer_weighted_loss": round(weighted / count, 4)}
+
+
+@torch.no_grad()
+def loss_by_level(model: TinyModel, weights: Tensor, count: int, size: int) -> dict[str, list[float]]:
+    """Weighted loss after the first latent frame at each of `LEVELS`: over the picture, and on and beside objects."""
+    noise = torch.Generator().manual_seed(3)
+    whole, objects = torch.zeros(len(LEVELS)), torch.zeros(len(LEVELS))
+    for scene, video in held_out(count, size):
+        x, context = model.vae.encode(video[None]), model.context(video, caption(scene))
+        eps = torch.randn(x.shape, generator=noise).to(x)
+        share = object_share(render(scene, clips.FRAMES, (size, size)))
+        cells = torch.nn.functional.max_pool2d(share[None], 3, stride=1, padding=1)[0] > 0
+        for index, level in enumerate(LEVELS):
+            t = torch.tensor(level)
+            predicted = model.predict(flow.add_noise(x, eps, t.reshape(1).to(x)), t, context)
+            error = ((predicted - flow.velocity(x, eps)) ** 2 * weights).mean(1)[0, 1:].cpu()
+            whole[index] += error.mean()
+            objects[index] += error[:, cells].mean()
+    sums = {"loss_by_level": whole, "object_loss_by_level": objects}
+    return {name: [round(value, 4) for value in (total / count).tolist()] for name, total in sums.items()}
 
 
 def sheet(rows: list[list[Tensor]], path: Path, every: int = 3) -> None:
@@ -148,8 +172,11 @@ def main() -> None:
     loop.limit_threads(options.device)
     model = TinyModel(options.checkpoint, options.device)
     draw(model, options.out, options.rows, options.size, options.guidance)
-    metrics: dict[str, float] = {"clips": options.clips, **reconstruction(model, options.clips, options.size)}
-    metrics |= validation_loss(model, options.clips, options.size)
+    metrics: dict[str, Any] = {"clips": options.clips, "levels": LEVELS}
+    metrics |= reconstruction(model, options.clips, options.size)
+    weights = channel_weights(model.vae.model)
+    for measure in (validation_loss, loss_by_level):
+        metrics |= measure(model, weights, options.clips, options.size)
     write_json_atomic(options.out / "metrics.json", metrics)
     print(json.dumps(metrics))
 

@@ -16,6 +16,7 @@ from loraedit_ext.hunyuan import MaskedHunyuan
 from models.hunyuan.checkpoint import HunyuanCheckpoint
 from models.hunyuan.wrapper import HunyuanI2V
 from pretraining import encoders
+from pretraining.latents import LatentPool
 
 CPU = torch.device("cpu")
 
@@ -63,14 +64,17 @@ def test_told_pixels_are_those_of_whole_latents():
 def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("product")
     noise = torch.Generator().manual_seed(0)
-    shapes = {
-        "video": (2, 16, 4, 8, 8), "condition": (2, 16, 4, 8, 8), "text": (2, encoders.TEXT_LEN, encoders.TEXT_DIM),
-        "image": (2, 17, encoders.IMAGE_DIM), "objects": (2, 8, 8),
-    }  # fmt: skip
+
+    def draw(*shape):
+        return torch.randn(2, *shape, generator=noise).half()
+
     (folder / "latents").mkdir()
     for shard in range(2):
-        tensors = {name: torch.randn(shape, generator=noise).half() for name, shape in shapes.items()}
-        save_file(tensors, folder / "latents" / f"{shard}.safetensors")
+        clips = LatentPool(
+            video=draw(16, 4, 8, 8), condition=draw(16, 4, 8, 8), text=draw(encoders.TEXT_LEN, encoders.TEXT_DIM),
+            image=draw(17, encoders.IMAGE_DIM), objects=draw(8, 8),
+        )  # fmt: skip
+        save_file(vars(clips), folder / "latents" / f"{shard}.safetensors")
     small = ["--base-steps=1", "--base-batch=2", "--seeds=1", "--steps=2", "--batch=1", "--sampling=1"]
     arguments = [f"--latents={folder / 'latents'}", f"--out={folder / 'out'}", f"--tasks={GUARD[0].name}", *small]
     hunyuan_product.main(arguments)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from common.errors import UserError
 from loraedit_ext.evaluation.captions import VOCABULARY
-from loraedit_ext.evaluation.rendering import Rendered
+from loraedit_ext.evaluation.rendering import Rendered, render
 from loraedit_ext.evaluation.scenes import random_scene
 from models.wan import whole_clip
 from models.wan.checkpoint import WanCheckpoint
@@ -21,6 +21,7 @@ from models.wan.save import write_checkpoint
 from pretraining import (
     clips,
     encoders,
+    evaluate,
     export,
     freeze,
     hunyuan,
@@ -359,6 +360,45 @@ def test_weighted_training_reports_both_losses_and_differs_from_plain(
     assert weighted.evaluate(final=True)["validation"] == plain.evaluate(final=True)["validation"]
     assert set(weighted.evaluate(final=True)) == {"validation", "weighted"}
     assert weighted.train_step()["loss"] != plain.train_step()["loss"]
+
+
+class ExactBut:
+    """A model whose velocity is exact, but for an error in every latent of `wrong`, (T, h, w), one too high."""
+
+    def __init__(self, wrong: torch.Tensor) -> None:
+        self.vae, self.wrong = self, wrong
+
+    def encode(self, video: torch.Tensor) -> torch.Tensor:
+        self.x = torch.randn((1, 16, 4, video.shape[-2] // 8, video.shape[-1] // 8))
+        return self.x
+
+    def context(self, _video: torch.Tensor, _prompt: str) -> None:
+        return None
+
+    def predict(self, noisy: torch.Tensor, t: torch.Tensor, _context: None) -> torch.Tensor:
+        noise = (noisy - (1 - t) * self.x) / t
+        return noise - self.x + self.wrong
+
+
+def test_loss_by_level_tells_objects_from_the_rest() -> None:
+    """The first latent frame is given and not counted; latents beside an object are counted with it."""
+    scene, _ = evaluate.held_out(1, 64)[0]
+    share = latents.object_share(render(scene, clips.FRAMES, (64, 64)))
+    on = torch.zeros(4, 8, 8)
+    on[:, share > 0] = 1
+    for wrong, whole, objects in (
+        (torch.zeros(4, 8, 8), 0.0, 0.0),
+        (torch.cat([torch.ones(1, 8, 8), torch.zeros(3, 8, 8)]), 0.0, 0.0),
+        (torch.ones(4, 8, 8), 1.0, 1.0),
+        (on, on[0].mean().item(), None),
+    ):
+        found = evaluate.loss_by_level(ExactBut(wrong), torch.ones(1, 16, 1, 1, 1), 1, 64)
+        assert len(found["loss_by_level"]) == len(evaluate.LEVELS)
+        assert found["loss_by_level"] == pytest.approx([whole] * len(evaluate.LEVELS), abs=2e-4)
+        if objects is None:
+            assert all(whole < value < 1 for value in found["object_loss_by_level"])
+        else:
+            assert found["object_loss_by_level"] == pytest.approx([objects] * len(evaluate.LEVELS), abs=2e-4)
 
 
 def test_an_empty_pool_is_explained(tmp_path: Path) -> None:
