@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import max_pool2d
 
 from common.files import write_json_atomic
 from loraedit_ext import flow
@@ -117,19 +118,19 @@ def validation_loss(model: TinyModel, weights: Tensor, count: int, size: int) ->
 def loss_by_level(model: TinyModel, weights: Tensor, count: int, size: int) -> dict[str, list[float]]:
     """Weighted loss after the first latent frame at each of `LEVELS`: over the picture, and on and beside objects."""
     noise = torch.Generator().manual_seed(3)
-    whole, objects = torch.zeros(len(LEVELS)), torch.zeros(len(LEVELS))
+    sums = {"loss_by_level": torch.zeros(len(LEVELS)), "object_loss_by_level": torch.zeros(len(LEVELS))}
     for scene, video in held_out(count, size):
         x, context = model.vae.encode(video[None]), model.context(video, caption(scene))
         eps = torch.randn(x.shape, generator=noise).to(x)
-        share = object_share(render(scene, clips.FRAMES, (size, size)))
-        cells = torch.nn.functional.max_pool2d(share[None], 3, stride=1, padding=1)[0] > 0
+        later = torch.ones_like(x[:, :1])
+        later[:, :, 0] = 0
+        share = object_share(render(scene, clips.FRAMES, (size, size))).to(x)
+        near = (max_pool2d(share[None], 3, stride=1, padding=1) > 0).to(x)
         for index, level in enumerate(LEVELS):
             t = torch.tensor(level)
             predicted = model.predict(flow.add_noise(x, eps, t.reshape(1).to(x)), t, context)
-            error = ((predicted - flow.velocity(x, eps)) ** 2 * weights).mean(1)[0, 1:].cpu()
-            whole[index] += error.mean()
-            objects[index] += error[:, cells].mean()
-    sums = {"loss_by_level": whole, "object_loss_by_level": objects}
+            for total, place in zip(sums.values(), (later, later * near), strict=True):
+                total[index] += flow.loss(predicted, flow.velocity(x, eps), weights * place).item()
     return {name: [round(value, 4) for value in (total / count).tolist()] for name, total in sums.items()}
 
 
