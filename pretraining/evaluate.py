@@ -25,7 +25,7 @@ from models.base import TIMESTEPS
 from models.wan.checkpoint import WanCheckpoint
 from models.wan.encoders import WanImageEncoder, WanTextEncoder, WanVAE
 from models.wan.transformer import WanTransformer
-from pretraining import clips, loop
+from pretraining import clips, loop, restart
 from pretraining.latents import object_share
 from pretraining.sensitivity import channel_weights
 from pretraining.transformer import SHIFT, conditioning
@@ -62,9 +62,10 @@ class TinyModel:
     def animate(
         self, video: Tensor, prompt: str, seed: int, steps: int = 25, shift: float = 3.0, guidance: float = 1.0
     ) -> Tensor:
-        """A video (3, F, H, W) in [-1, 1] from the first frame of `video` and a prompt."""
+        """A video (3, F, H, W) in [-1, 1] from the first frame of `video` and a prompt, by restart sampling."""
         context, silent = self.context(video, prompt), self.context(video, "")
-        noise = torch.randn(context[0][:, :16].shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        random = torch.Generator().manual_seed(seed)
+        noise = torch.randn(context[0][:, :16].shape, generator=random).to(self.device)
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             guided = self.predict(x, t, context)
@@ -73,8 +74,8 @@ class TinyModel:
             free = self.predict(x, t, silent)
             return free + guidance * (guided - free)
 
-        latents = flow.sample(predict, noise, flow.inference_sigmas(steps, shift, "euler"), "euler")
-        return self.vae.decode(latents)[0].cpu()
+        way = restart.levels(flow.inference_sigmas(steps, shift, "euler").tolist(), restart.RESTARTS)
+        return self.vae.decode(restart.sample(predict, noise, way, random))[0].cpu()
 
 
 def held_out(count: int, size: int, first: int = 0) -> list[tuple[Scene, Tensor]]:

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
+from loraedit_ext.evaluation.rendering import centre
 from loraedit_ext.evaluation.scenes import SHAPES, Motion, Scene, SceneObject, Vector
 from loraedit_ext.evaluation.textures import PALETTE, PATTERNS, TILES, Texture
 
 _TILE_WORDS = {"wood": "wooden", "fur": "furry", "flag": "starry"}
 _MOTION_WORDS = ("moving", "spinning", "turning", "wobbling", "left", "right", "up", "down", "around", "about")
 _OTHER_WORDS = ("on", "background", "camera", "panning", "still")
+_PACES = ((0.03, "barely"), (0.06, "gently"), (0.11, "slowly"), (0.2, ""), (0.35, "quickly"), (math.inf, "swiftly"))
+"""Length of the way below which a word holds, in half shorter sides of the frame: 2, 4, 7, 13 and 22 pixels of 128."""
+_LEAST_WAY = _PACES[0][0]
+_LEAST_SPIN = 0.1  # radians
 
-VOCABULARY: tuple[str, ...] = tuple(sorted({
-    *PALETTE, *SHAPES, *PATTERNS, *(_TILE_WORDS.get(name, name) for name in TILES), *_MOTION_WORDS, *_OTHER_WORDS
-}))
-"""Every word that a caption may contain; captions separate phrases by commas."""
+VOCABULARY: tuple[str, ...] = (
+    *sorted({
+        *PALETTE, *SHAPES, *PATTERNS, *(_TILE_WORDS.get(name, name) for name in TILES), *_MOTION_WORDS, *_OTHER_WORDS
+    }),
+    *(word for _, word in _PACES if word), "clockwise", "anticlockwise",
+)
+"""Every word that a caption may contain, commas apart. A word's place is its token, so later words stand last."""
 
 
 def caption(scene: Scene, motion: bool = True) -> str:
@@ -25,12 +35,13 @@ def caption(scene: Scene, motion: bool = True) -> str:
         motion: also say how things move; without it the caption holds for the first frame alone.
 
     Returns:
-        for example "red striped disc moving left, blue ball turning up, on wavy green background, camera still".
+        for example "red striped disc slowly moving up left, blue ball spinning clockwise right, on wavy green
+        background, camera still".
     """
     phrases = [_object(item, motion) for item in reversed(scene.objects)]
     phrases.append(f"on {_look(scene.background)} background")
     if motion:
-        phrases.append("camera still" if scene.pan == (0.0, 0.0) else f"camera panning {_camera(scene.pan)}")
+        phrases.append(_camera(scene.pan))
     return ", ".join(phrases)
 
 
@@ -48,17 +59,38 @@ def _look(texture: Texture) -> str:
 
 
 def _movement(motion: Motion) -> str:
-    """The most striking change of pose, then where it goes."""
-    verb = "turning" if motion.turn else "spinning" if motion.spin else "wobbling" if motion.wobble else "moving"
-    place = {"line": _direction(motion.travel), "arc": "around", "sway": "about"}[motion.path]
-    return f"{verb} {place}"
+    """How far it goes in the clip, the most striking change of pose, and where it goes."""
+    x, y = centre(motion, np.linspace(0, 1, 13, dtype=np.float32))
+    way = float(np.hypot(np.diff(x), np.diff(y)).sum())
+    net = float(x[-1] - x[0]), float(y[-1] - y[0])
+    straight = math.hypot(*net) > 0.7 * way
+    place = _direction(net) if straight else "around" if motion.path == "arc" else "about"
+    return _joined(_pace(way), _change(motion), place if way > _LEAST_WAY else "")
+
+
+def _change(motion: Motion) -> str:
+    if motion.turn:
+        return "turning"
+    if abs(motion.spin) > _LEAST_SPIN:
+        return "spinning clockwise" if motion.spin > 0 else "spinning anticlockwise"
+    return "wobbling" if motion.wobble else "moving"
 
 
 def _camera(pan: Vector) -> str:
     """The camera goes where the background does not."""
-    return _direction((-pan[0], -pan[1]))
+    if pan == (0.0, 0.0):
+        return "camera still"
+    return _joined("camera", _pace(math.hypot(*pan)), "panning", _direction((-pan[0], -pan[1])))
+
+
+def _pace(way: float) -> str:
+    return next(word for limit, word in _PACES if way < limit)
 
 
 def _direction(vector: Vector) -> str:
-    quarter = round(math.atan2(vector[1], vector[0]) / (math.pi / 2)) % 4
-    return ("right", "down", "left", "up")[quarter]
+    eighth = round(math.atan2(vector[1], vector[0]) / (math.pi / 4)) % 8
+    return ("right", "down right", "down", "down left", "left", "up left", "up", "up right")[eighth]
+
+
+def _joined(*words: str) -> str:
+    return " ".join(word for word in words if word)

@@ -72,7 +72,7 @@ def _background(scene: Scene, x: Array, y: Array, time: Array) -> Array:
 def _draw(item: SceneObject, x: Array, y: Array, time: Array, pixel: float) -> tuple[Array, Array]:
     """Coverage (frames, height, width) and colours (frames, height, width, 3) of one object."""
     motion = item.motion
-    centre_x, centre_y = _centre(motion, time)
+    centre_x, centre_y = centre(motion, time)
     size = np.float32(item.size) * (1 + np.float32(motion.growth) * time)
     stretch = 1 + np.float32(motion.wobble) * np.sin(np.float32(2 * np.pi * motion.wobbles) * time)
     angle = np.float32(motion.angle) + np.float32(motion.spin) * time
@@ -116,7 +116,8 @@ def _ball(item: SceneObject, u: Array, v: Array, time: Array, pixels: Array) -> 
     return alpha, share * sample(item.front, u, v) + (1 - share) * sample(item.back, u, v)
 
 
-def _centre(motion: Motion, time: Array) -> tuple[Array, Array]:
+def centre(motion: Motion, time: Array) -> tuple[Array, Array]:
+    """x and y of an object's centre at clip times in [0, 1], in the units of `Motion`."""
     (start_x, start_y), (travel_x, travel_y) = motion.start, motion.travel
     if motion.path == "line":
         return np.float32(start_x) + np.float32(travel_x) * time, np.float32(start_y) + np.float32(travel_y) * time

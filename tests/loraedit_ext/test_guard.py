@@ -9,11 +9,11 @@ Broken on purpose, one at a time, all in dB (still / panning task; whole: what i
 
 | broken | what failed | whole | broken |
 |---|---|---|---|
-| polarity: `masks.from_grey` takes black for edit | motion, nearer to edit than source | 10.3 / 4.9 | -14.5 / -12.9 |
-| packing: `masks.wan_channels` mixes up frames and channels | naive, background | 42.2 / 40.8 | 40.8 / 40.6 |
-| normalisation: `WanVAE.encode` returns latents as they are | appearance, background | 37.4 / 37.9 | 17.0 / 17.8 |
-| scheduler shift: `flow.inference_sigmas` leaves it out | motion, background | 40.1 / 40.6 | 39.9 / 40.3 |
-| LoRA scale: `lora.save` leaves alpha / rank out | appearance, background | 37.4 / 37.9 | 29.2 / 26.4 |
+| polarity: `masks.from_grey` takes black for edit | motion, nearer to edit than source | 12.1 / 3.1 | -14.3 / -12.8 |
+| packing: `masks.wan_channels` mixes up frames and channels | naive, background | 41.6 / 41.6 | 39.6 / 40.9 |
+| normalisation: `WanVAE.encode` returns latents as they are | appearance, background | 37.7 / 35.6 | 17.0 / 17.6 |
+| scheduler shift: `flow.inference_sigmas` leaves it out | naive, background | 41.6 / 41.56 | 41.7 / 41.36 |
+| LoRA scale: `lora.save` leaves alpha / rank out | appearance, background | 37.7 / 35.6 | 32.7 / 26.0 |
 """
 
 from __future__ import annotations
