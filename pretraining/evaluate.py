@@ -176,7 +176,7 @@ def main() -> None:
     draw(model, options.out, options.rows, options.size, options.guidance)
     metrics: dict[str, Any] = {"clips": options.clips, "levels": LEVELS}
     metrics |= reconstruction(model, options.clips, options.size)
-    weights = channel_weights(model.vae.model)
+    weights = channel_weights(model.vae.model, options.size)
     for measure in (validation_loss, loss_by_level):
         metrics |= measure(model, weights, options.clips, options.size)
     write_json_atomic(options.out / "metrics.json", metrics)

@@ -36,13 +36,17 @@ def sensitivity(vae: AutoencoderKLWan, videos: Tensor) -> Tensor:
     return torch.stack(found).mean(0)
 
 
-def channel_weights(vae: AutoencoderKLWan) -> Tensor:
+def channel_weights(vae: AutoencoderKLWan, size: int) -> Tensor:
     """Weights for the training loss, (1, channels, 1, 1, 1), mean 1: the root of each channel's sensitivity.
 
     Latents have unit variance in every channel, whatever it does in the picture. In the tiny VAE three channels carry the
     colours, and an error there is a hundred times as visible as in a channel of detail; a plain mean would spend most of
     a small model on what is hardly seen. The root, and not the sensitivity itself, because details make edges.
+
+    Args:
+        vae: latents as its config says.
+        size: side in pixels of the clips to measure on, which are those to train on.
     """
-    videos = torch.stack([clips.scene_video(scene) for scene, _ in training_scenes(_SHARD, _CLIPS)])
+    videos = torch.stack([clips.scene_video(scene, size=size) for scene, _ in training_scenes(_SHARD, _CLIPS)])
     weights = sensitivity(vae, videos.to(vae.device)).sqrt()
     return (weights / weights.mean()).view(1, -1, 1, 1, 1)

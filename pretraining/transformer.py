@@ -22,6 +22,7 @@ from loraedit_ext import flow
 from models.base import TIMESTEPS
 from models.layers import sinusoid
 from models.wan.config import WanConfig
+from models.wan.encoders import WanVAE
 from models.wan.transformer import EmbedLayer, WanTransformer
 from pretraining import encoders, loop
 from pretraining.conditioning import Conditioner
@@ -138,8 +139,8 @@ class TransformerTraining(loop.Training):
         self.known: set[str] = set()
         self.average = copy.deepcopy(model).requires_grad_(False).to(options.device)
         self.silence = Conditioner().text("")
-        self.channel_weights = channel_weights(load_vae(options.vae, options.device)) if options.vae else None
         self.validation, self.pool = self._first_shards()
+        self.channel_weights = self._channel_weights(options)
         super().__init__(options, model, decay=0.01)
 
     @staticmethod
@@ -162,6 +163,12 @@ class TransformerTraining(loop.Training):
                 "Run `python -m pretraining.latents` first."
             )
         return shards[0], shards[1].joined(shards[2:])
+
+    def _channel_weights(self, options: Options) -> Tensor | None:
+        if options.vae is None:
+            return None
+        size = self.validation.video.shape[-1] * WanVAE.spatial_factor
+        return channel_weights(load_vae(options.vae, options.device), size)
 
     def weights(self) -> dict[str, dict[str, Any]]:
         return {"transformer.pt": self.average.state_dict()}
