@@ -63,13 +63,14 @@ class TinyModel:
         self, video: Tensor, prompt: str, seed: int, steps: int = 25, shift: float = 3.0, guidance: float = 1.0
     ) -> Tensor:
         """A video (3, F, H, W) in [-1, 1] from the first frame of `video` and a prompt, by restart sampling."""
-        context, silent = self.context(video, prompt), self.context(video, "")
+        context = self.context(video, prompt)
+        silent = None if guidance == 1.0 else self.context(video, "")
         random = torch.Generator().manual_seed(seed)
         noise = torch.randn(context[0][:, :16].shape, generator=random).to(self.device)
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             guided = self.predict(x, t, context)
-            if guidance == 1.0:
+            if silent is None:
                 return guided
             free = self.predict(x, t, silent)
             return free + guidance * (guided - free)
