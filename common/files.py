@@ -25,7 +25,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.touch()
@@ -41,6 +41,31 @@ def atomic_path(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, unless they are there.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: this folder cannot be made ({error.strerror or error}). Choose another place.") from error
+
+
+def check_writable(path: Path) -> None:
+    """Check, without writing, that a folder is there to write to or could be made.
+
+    Raises:
+        UserError: the nearest part of the path that exists is no folder, or may not be written.
+    """
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise UserError(f"{path}: cannot be a folder, {there} is a file. Choose another place.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: {there} may not be written to. Choose another place, or change its permissions.")
 
 
 def _sync(path: Path) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -25,6 +26,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
     )
+
+    elsewhere: ClassVar[Mapping[str, str]] = {}
+    """Keys that other tools have here -> what to do with them; for the message that refuses them."""
 
 
 S = TypeVar("S", bound=Settings)
@@ -61,10 +65,7 @@ def _describe(kind: type[Settings], problem: Any) -> str:
     location = [part for part in problem["loc"] if not str(part).startswith("function-")]
     key = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
-        known = sorted(_fields_at(kind, location[:-1]))
-        close = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"did you mean `{close[0]}`?" if close else f"known keys: {', '.join(known)}."
-        return f"unknown key `{key}`; {hint}"
+        return f"unknown key `{key}`; {_hint(str(location[-1]), _table_at(kind, location[:-1]))}"
     if problem["type"] == "missing":
         return f"missing key `{key}`; it is required."
     text = problem["msg"].removeprefix("Value error, ")
@@ -73,17 +74,27 @@ def _describe(kind: type[Settings], problem: Any) -> str:
     return f"{where}: {text}"
 
 
-def _fields_at(kind: Any, location: list[Any]) -> set[str]:
-    """Names of the fields of the settings table that `location` leads to."""
+def _hint(name: str, table: type[Settings] | None) -> str:
+    """What to do about a key that the table does not have."""
+    if table is None:
+        return "there is no such table."
+    if name in table.elsewhere:
+        return table.elsewhere[name]
+    close = difflib.get_close_matches(name, table.model_fields, n=1)
+    return f"did you mean `{close[0]}`?" if close else f"known keys: {', '.join(sorted(table.model_fields))}."
+
+
+def _table_at(kind: type[Settings], location: list[Any]) -> type[Settings] | None:
+    """The settings table that `location` leads to."""
     for part in location:
         if isinstance(part, int):
             continue
         field = kind.model_fields.get(part)
         nested = _settings_in(field.annotation) if field else None
         if nested is None:
-            return set()
+            return None
         kind = nested
-    return set(kind.model_fields)
+    return kind
 
 
 def _settings_in(annotation: Any) -> type[Settings] | None:

@@ -41,6 +41,12 @@ class EditedFrameSettings(Settings):
 class JobSettings(Settings):
     """One edit job: a video, the mask of the region to edit, and the edited frames."""
 
+    elsewhere = dict.fromkeys(
+        ("directory", "resolutions", "enable_ar_bucket", "ar_buckets", "frame_buckets", "size_buckets"),
+        "this is a key of diffusion-pipe's datasets; an edit job names one `source`, its `mask` and [[edited_frame]]s "
+        "(prepare.py writes one).",
+    )
+
     name: Text
     """What outputs are called; default: the stem of the TOML file."""
     source: Path

@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, ValidationError, ValidatorFunctionWrapHa
 
 from common.errors import UserError
 from common.settings import Settings, load_settings, read_toml
+from loraedit_ext import diffusion_pipe
 from loraedit_ext.flow import SamplerName, TimestepMethod
 from loraedit_ext.masks import MaskRule
 from loraedit_ext.regimes import EditCondition, Regime
@@ -39,6 +40,8 @@ FAMILY_DEFAULTS: dict[Family, dict[str, dict[str, Any]]] = {
 
 class ModelSettings(Settings):
     """[model]: the checkpoint and how noise levels are drawn for it."""
+
+    elsewhere = diffusion_pipe.MODEL
 
     type: Family
     """Model family."""
@@ -93,6 +96,8 @@ class ModelSettings(Settings):
 
 class AdapterSettings(Settings):
     """[adapter]: the LoRA."""
+
+    elsewhere = diffusion_pipe.ADAPTER
 
     type: Literal["lora"] = "lora"
     rank: int = Field(16, ge=1)
@@ -156,7 +161,7 @@ class MonitoringSettings(Settings):
     @field_validator("wandb_api_key", mode="before")
     @classmethod
     def _no_key(cls, value: Any) -> None:
-        if value is not None:
+        if value:
             raise ValueError("keys do not belong in a file that is copied to run folders; "
                              "run `wandb login` or set WANDB_API_KEY, and remove this line")
 
@@ -226,6 +231,8 @@ class EvaluationSettings(Settings):
 
 class RunConfig(Settings):
     """One edit: model, job, LoRA, optimizer, stages, monitoring, inference."""
+
+    elsewhere = diffusion_pipe.RUN
 
     output_dir: Path
     """Each run makes a folder of its own in here."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from common.files import check_writable
 from dataset.cache import LatentCache
 from dataset.job import EditJob, load_job
 from dataset.resize import Grid
@@ -20,6 +21,7 @@ from loraedit_ext.config import Family, RunConfig, StageSettings
 from loraedit_ext.doctor import ram
 from loraedit_ext.encode import Unconditional, encode_all, identity
 from loraedit_ext.hunyuan import MaskedHunyuan
+from loraedit_ext.optim import check_optimizer
 from loraedit_ext.pipeline import World, check_world, distributed
 from loraedit_ext.preview import Preview, describe_preview, plan_preview
 from loraedit_ext.wan import MaskedWan
@@ -97,6 +99,9 @@ def train(config: RunConfig, dry_run: bool = False, cache_only: bool = False) ->
 def prepare(config: RunConfig, world: World) -> Prepared:
     """Check everything that can be checked before time is spent, and print the plan."""
     replicas = check_world(world, config.pipeline_stages)
+    check_optimizer(config.optimizer)
+    for folder in (config.output_dir, cache_of(config).folder):
+        check_writable(folder)
     model = build_model(config, world.device)
     job = open_job(config, model)
     stages = plan.stages(config, job)

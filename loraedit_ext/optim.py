@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from common.errors import UserError
+from loraedit_ext import diffusion_pipe
 from loraedit_ext.config import OptimizerSettings
 
 ALIASES = {"adamw8bit": ("bitsandbytes", "AdamW8bit"), "adamw_8bit": ("bitsandbytes", "AdamW8bit")}
@@ -40,8 +41,19 @@ def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSetti
         raise UserError(f"[optimizer] type = {settings.type!r}: {error}") from error
 
 
+def check_optimizer(settings: OptimizerSettings) -> None:
+    """Refuse a type or an argument before anything is loaded.
+
+    Raises:
+        UserError: as `build_optimizer`.
+    """
+    build_optimizer([nn.Parameter(torch.zeros(2, 2))], settings)
+
+
 def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
     """Look a type up: torch first, then bitsandbytes, then pytorch_optimizer; case does not matter."""
+    if advice := diffusion_pipe.OPTIMIZERS.get(name.lower()):
+        raise UserError(f"optimizer.type = {name!r} is diffusion-pipe's own; {advice}.")
     if name.lower() in ALIASES:
         library, attribute = ALIASES[name.lower()]
         return getattr(_library(library, name), attribute)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import write_json_atomic
+from common.files import make_folder, write_json_atomic
 from loraedit_ext import lora, state
 from loraedit_ext.config import RunConfig, parse_value
 
@@ -24,7 +24,7 @@ def create(output_dir: Path) -> Path:
     while folder.exists():
         suffix += 1
         folder = folder.with_name(f"{folder.name.split('_v')[0]}_v{suffix}")
-    folder.mkdir(parents=True)
+    make_folder(folder)
     return folder
 
 

@@ -26,6 +26,7 @@ from common.settings import Settings, load_settings, read_toml
 from loraedit_ext import cli, sweep_results
 from loraedit_ext.config import load_config
 from loraedit_ext.evaluation.sweep_page import write_page
+from loraedit_ext.optim import check_optimizer
 from loraedit_ext.sweep_local import LocalEngine
 from loraedit_ext.sweep_ray import RayEngine
 from loraedit_ext.sweep_results import Trial, assignments
@@ -162,6 +163,7 @@ def plan_trials(settings: SweepSettings) -> list[Trial]:
     for config, values in itertools.product(settings.configs, combinations(settings)):
         with errors.catch():
             resolved = load_config(config, [*settings.overrides, *assignments(values)])
+            check_optimizer(resolved.optimizer)
             if resolved.pipeline_stages > 1:
                 raise UserError(f"{config}: pipeline_stages = {resolved.pipeline_stages}, but a trial is one process on "
                                 "one GPU. Add \"pipeline_stages=1\" to the sweep's overrides.")

@@ -181,12 +181,14 @@ class Trainer:
             self.trackers.close()
 
     def _loop(self) -> None:
-        with progress(self.total, "training", unit="step", initial=self.step) as bar:
+        shown = {"initial": self.step, "disable": not self.world.is_main}
+        with progress(self.total, "training", unit="step", **shown) as bar:
             while self.step < self.total:
                 values = self._one_step()
                 bar.set_postfix_str(
                     f"loss {values['train/loss']:.4f} | {values['train/step_seconds']:.2f} s/step | "
-                    f"{values['train/memory_gb']:.1f} GB"
+                    f"{values['train/memory_gb']:.1f} GB",
+                    refresh=False,
                 )
                 bar.update()
                 if reason := self._after_step():

@@ -86,6 +86,18 @@ def test_training_ends_with_a_clear_message(edit_folder, capsys, name):
     assert not edit_folder.runs()
 
 
+@pytest.mark.parametrize(("overrides", "words"), [
+    (["optimizer.type=adamm"], "did you mean"),
+    (["optimizer.type=adamw_optimi"], "use 'adamw'"),
+    (["optimizer.weight_decy=0.1"], "takes no such argument"),
+    (["output_dir=edit.toml/runs"], "is a file"),
+    (["cache_dir=edit.toml"], "is a file"),
+])
+def test_what_would_end_a_run_late_ends_the_dry_run(edit_folder, capsys, overrides, words):
+    assert train.main(["--config", str(edit_folder.config), "--dry_run", *overrides]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_a_t2v_model_is_refused_by_name(edit_folder, tiny_wan, tmp_path, capsys):
     import shutil
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from common.errors import ErrorCollector, UserError, UserErrors
-from common.files import atomic_path, hash_json, write_atomic, write_json_atomic, write_text_atomic
+from common.files import atomic_path, check_writable, hash_json, write_atomic, write_json_atomic, write_text_atomic
 
 
 def test_a_failing_write_leaves_the_old_file_and_no_debris(tmp_path):
@@ -96,3 +96,13 @@ def test_collected_errors_come_as_one_or_as_a_list():
         raise UserErrors(["second", "third"])
     with pytest.raises(UserErrors, match="3 problems found"):
         errors.raise_if_any()
+
+
+def test_a_folder_that_cannot_be_is_told_of(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="this folder cannot be made"):
+        write_text_atomic(tmp_path / "file" / "below" / "a.txt", "")
+    with pytest.raises(UserError, match="file is a file"):
+        check_writable(tmp_path / "file" / "below")
+    check_writable(tmp_path / "new" / "below")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]

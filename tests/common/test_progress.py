@@ -1,4 +1,4 @@
-"""Bars for people: seen on a terminal, counting what the work counts; silent in a log."""
+"""Bars for people: seen on a terminal, counting what the work counts; lines in a log."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import train
 from common import progress
 from dataset.video import read_images, read_video
 from dataset.video_writer import write_images, write_lossless, write_mp4
@@ -48,11 +49,35 @@ def last(terminal: Terminal, description: str) -> str:
     return states[-1]
 
 
-def test_a_log_file_gets_no_bars(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_file_gets_nothing_of_quick_work(capsys: pytest.CaptureFixture[str]) -> None:
     with progress.progress(3, "working") as bar:
         bar.update(3)
     assert list(progress.stepping([1, 2], "stepping")) == [1, 2]
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_log_file_gets_lines_of_slow_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "LINE_INTERVAL", 0.2)
+    with progress.progress(4, "working", unit="step") as bar:
+        for _ in range(4):
+            time.sleep(0.15)
+            bar.set_postfix_str("loss 0.1", refresh=False)
+            bar.update()
+    out, lines = capsys.readouterr()
+    assert out == ""
+    assert "\r" not in lines
+    assert [line[:12] for line in lines.splitlines()] == ["working: 2/4", "working: 4/4"]
+    assert re.search(r"working: 2/4 \[00:00<00:00, +[\d.]+step/s, loss 0.1\]", lines)
+
+
+def test_the_training_tells_a_log_file_how_far_it_is(
+    edit_folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "LINE_INTERVAL", 0.0)
+    assert train.main(["--config", str(edit_folder.config), "stage=[{name='motion', steps=2, mix={motion=1}}]"]) == 0
+    assert re.search(r"training: 1/2 \[.*, loss [\d.]+ \| .* s/step \| .* GB\]", capsys.readouterr().err)
 
 
 def test_quick_work_shows_no_brief_bar_and_slow_work_does(monkeypatch: pytest.MonkeyPatch) -> None:
