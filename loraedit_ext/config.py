@@ -28,8 +28,14 @@ Family = Literal["wan", "hunyuan-video"]
 OFFLOAD = "offload"
 """Value of `activation_checkpointing`, beside true and false."""
 
+WAN_NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
+    "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+"""What Wan2.1 is guided away from unless told otherwise: a value of the release (`sample_neg_prompt` of shared_config.py)."""
+
 FAMILY_DEFAULTS: dict[Family, dict[str, dict[str, Any]]] = {
-    "wan": {},
+    "wan": {"edit": {"negative_prompt": WAN_NEGATIVE}},
     "hunyuan-video": {
         "model": {"shift": 7.0, "guidance": 1.0},
         "edit": {"guidance": 1.0, "embedded_guidance": 6.0, "shift": 7.0, "sampler": "euler"},
@@ -191,6 +197,7 @@ class EditSettings(Settings):
     """HunyuanVideo: euler, as released."""
     seed: int = 42
     negative_prompt: str = ""
+    """What classifier-free guidance leads away from; default of Wan: the release's own."""
     lora_strength: float = 1.0
     """Of the trained LoRA."""
     lora: list[StackedLora] = []

@@ -173,8 +173,17 @@ def advice(config: RunConfig, predict: Callable[[RunConfig], Memory], blocks: in
     elif config.activation_checkpointing:
         yield _swap_advice(config, predict, blocks, machine.device)
     if config.model.transformer_dtype != "float8":
-        yield "- model.transformer_dtype = 'float8'"
+        yield _float8_advice(config, predict, blocks, machine.device)
     yield "- fewer tokens: a smaller size or fewer frames in the job, or its clip_frames"
+
+
+def _float8_advice(config: RunConfig, predict: Callable[[RunConfig], Memory], blocks: int, device: float) -> str:
+    """8 bits, and what they need beside them for the run to fit."""
+    eight = _with(config, model=config.model.model_copy(update={"transformer_dtype": "float8"}))
+    advised, alone = "- model.transformer_dtype = 'float8'", predict(eight)
+    if alone.total <= HEADROOM * device or config.pipeline_stages > 1 or not config.activation_checkpointing:
+        return f"{advised}: {_needs(alone)}"
+    return f"{advised}, {_swap_advice(eight, predict, blocks, device).removeprefix('- ')}"
 
 
 def _swap_advice(config: RunConfig, predict: Callable[[RunConfig], Memory], blocks: int, device: float) -> str:

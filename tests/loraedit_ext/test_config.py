@@ -21,6 +21,14 @@ def test_defaults_are_the_papers(edit_folder):
     assert (config.edit.steps, config.edit.guidance, config.edit.shift) == (30, 5.0, 5.0)
 
 
+def test_guidance_leads_away_from_the_releases_negative_prompt_unless_another_is_given(edit_folder):
+    config = load_config(edit_folder.config)
+    assert config.edit.negative_prompt.startswith("色调艳丽，过曝，静态")
+    assert load_config(edit_folder.config, ["edit.negative_prompt=blurry"]).edit.negative_prompt == "blurry"
+    hunyuan = load_config(edit_folder.config, ["model.type=hunyuan-video"])
+    assert hunyuan.edit.negative_prompt == ""
+
+
 def test_all_errors_come_together_with_file_key_value_and_expectation(edit_folder):
     overrides = ["optimiser.lr=1", "model.shfit=3", "adapter.rank=0", "pipeline_stages=two", "model.dtype=float8"]
     with pytest.raises(UserError) as caught:

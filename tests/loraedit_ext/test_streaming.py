@@ -456,7 +456,10 @@ def test_a_run_that_will_not_fit_is_told_what_helps(edit_folder, seven_blocks):
     text = advice(config, (totals[3] + totals[2]) / 2 / plan.HEADROOM)
     assert "will not fit" in text
     assert "blocks_to_swap = 3: about" in text
-    assert "float8" in text
+    assert "- model.transformer_dtype = 'float8': about" in text
+    eight = config.model_copy(update={"model": config.model.model_copy(update={"transformer_dtype": "float8"})})
+    swapped = predict(eight.model_copy(update={"blocks_to_swap": 2})).total
+    assert "'float8', blocks_to_swap = 2: about" in advice(config, swapped / plan.HEADROOM + 1)
     assert "not alone: 5, the most, are not enough" in advice(config, totals[5] / 2)
     split = config.model_copy(update={"pipeline_stages": 2})
     assert "more pipeline_stages" in advice(split, totals[5] / 4)
