@@ -93,6 +93,7 @@ lr = 2e-3
 [edit]
 steps = 15
 guidance = 1.0
+negative_prompt = ""
 shift = 3.0
 sampler = "euler"
 composite = false
