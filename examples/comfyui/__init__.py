@@ -1,0 +1,89 @@
+"""A node for ComfyUI that tells Wan2.1-I2V what our LoRAs are trained with: the source around the edit, and the mask.
+
+Copy this folder into ComfyUI's `custom_nodes` (docs/comfyui.md). It stands alone: ComfyUI brings torch, and nothing of this
+project is imported. A test holds it to the conditioning that training uses.
+
+ComfyUI's tensors: IMAGE is (F, H, W, 3) in [0, 1], MASK is (F, H, W) in [0, 1]. F frames, T latent frames.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CELL, FRAMES_PER_LATENT, SIZE_STEP = 8, 4, 16
+GREY = 0.5
+
+
+class LoraEditCondition:
+    """Wan2.1-I2V conditioned on the edited first frame and on the source outside the mask (paper section 3.3.1)."""
+
+    CATEGORY = "conditioning/video_models"
+    RETURN_TYPES = ("CONDITIONING", "CONDITIONING", "LATENT")
+    RETURN_NAMES = ("positive", "negative", "latent")
+    FUNCTION = "condition"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """What ComfyUI offers as inputs."""
+        return {
+            "required": {
+                "positive": ("CONDITIONING",), "negative": ("CONDITIONING",), "vae": ("VAE",),
+                "source": ("IMAGE", {"tooltip": "the frames of the video, 4n+1 of them, sides multiples of 16"}),
+                "mask": ("MASK", {"tooltip": "white = edit; one for each frame, or one for all"}),
+                "edited_first_frame": ("IMAGE",),
+            },
+            "optional": {
+                "clip_vision_output": ("CLIP_VISION_OUTPUT", {"tooltip": "of the edited first frame"}),
+                "mask_rule": (["all", "nearest"], {"tooltip": "mask_rule of the training run"}),
+            },
+        }
+
+    def condition(
+        self, positive: list[Any], negative: list[Any], vae: Any, source: Tensor, mask: Tensor, edited_first_frame: Tensor,
+        clip_vision_output: Any = None, mask_rule: str = "all",
+    ) -> tuple[list[Any], list[Any], dict[str, Tensor]]:
+        """Both conditionings with the condition latents and Wan's four mask channels, and an empty latent to start from."""
+        frames, height, width = source.shape[:3]
+        _check(source, mask, edited_first_frame)
+        preserve = (mask < GREY).expand(frames, -1, -1).clone()
+        preserve[0] = True
+        video = torch.cat([edited_first_frame[:1, ..., :3], source[1:, ..., :3]])
+        known = torch.where(preserve[..., None], video, GREY)
+        values = {"concat_latent_image": vae.encode(known), "concat_mask": 1 - mask_channels(preserve, mask_rule)}
+        if clip_vision_output is not None:
+            values["clip_vision_output"] = clip_vision_output
+        latent_frames = 1 + (frames - 1) // FRAMES_PER_LATENT
+        empty = torch.zeros(1, 16, latent_frames, height // CELL, width // CELL)
+        return _with(positive, values), _with(negative, values), {"samples": empty}
+
+
+def mask_channels(preserve: Tensor, rule: str) -> Tensor:
+    """Bool (F, H, W), True = preserve, as (1, 4, T, H / 8, W / 8): frame 0 four times, then four frames a latent frame."""
+    frames, height, width = preserve.shape
+    blocks = preserve.reshape(frames, height // CELL, CELL, width // CELL, CELL)
+    cells = blocks.all(4).all(2) if rule == "all" else blocks[:, :, 0, :, 0]
+    packed = torch.cat([cells[:1].expand(FRAMES_PER_LATENT, -1, -1), cells[1:]]).float()
+    return packed.unflatten(0, (-1, FRAMES_PER_LATENT)).transpose(0, 1)[None]
+
+
+def _check(source: Tensor, mask: Tensor, edited: Tensor) -> None:
+    frames, height, width = source.shape[:3]
+    if frames % FRAMES_PER_LATENT != 1 or height % SIZE_STEP or width % SIZE_STEP:
+        raise ValueError(f"source: {frames} frames of {width}x{height}; expected 4n+1 frames and sides that are multiples of "
+                         f"{SIZE_STEP}, as `train.py --dry_run` names them. Cut and resize it.")
+    if len(mask) not in (1, frames):
+        raise ValueError(f"mask: {len(mask)} frames; expected one for each of the source's {frames}, or one for all.")
+    for name, picture in (("mask", mask), ("edited_first_frame", edited)):
+        if picture.shape[1:3] != source.shape[1:3]:
+            raise ValueError(f"{name}: {picture.shape[2]}x{picture.shape[1]}, expected the source's {width}x{height}.")
+
+
+def _with(conditioning: list[Any], values: dict[str, Any]) -> list[Any]:
+    return [[features, {**options, **values}] for features, options in conditioning]
+
+
+NODE_CLASS_MAPPINGS = {"LoraEditCondition": LoraEditCondition}
+NODE_DISPLAY_NAME_MAPPINGS = {"LoraEditCondition": "LoRA-Edit condition (Wan2.1 I2V)"}
