@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from loraedit_ext.doctor import ram
 from loraedit_ext.encode import Unconditional, encode_all, identity
 from loraedit_ext.hunyuan import MaskedHunyuan
 from loraedit_ext.optim import check_optimizer
-from loraedit_ext.pipeline import World, check_world, distributed
+from loraedit_ext.pipeline import World, check_world, distributed, planned_world
 from loraedit_ext.preview import Preview, describe_preview, plan_preview
 from loraedit_ext.wan import MaskedWan
 from models.base import I2VModel
@@ -86,7 +85,7 @@ def train(config: RunConfig, dry_run: bool = False, cache_only: bool = False) ->
         cache_only: stop when everything is encoded.
     """
     if dry_run:
-        prepare(config, World(0, 0, 1, torch.device("cpu")))
+        prepare(config, planned_world(config.pipeline_stages))
         return
     with distributed() as world:
         logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s")
@@ -113,17 +112,18 @@ def prepare(config: RunConfig, world: World) -> Prepared:
         lora.inject(transformer, model, config.adapter)
         cache = cache_of(config)
         cached = sum(identity(model, t, config.mask_rule) in cache for group in triples.values() for t in group)
-        print(plan.describe(config, job, model, stages, triples, cached, transformer, replicas, this_machine()), flush=True)
+        machine = this_machine(world)
+        print(plan.describe(config, job, model, stages, triples, cached, transformer, replicas, machine), flush=True)
         if prepared.preview:
             print(describe_preview(prepared.preview, config, job, model.geometry), flush=True)
     return prepared
 
 
-def this_machine() -> plan.Machine:
-    """What one of the processes started here may use."""
+def this_machine(world: World) -> plan.Machine:
+    """What one of the processes on this host may use."""
     device = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if torch.cuda.is_available() else None
     available, _ = ram()
-    return plan.Machine(device, available and available / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return plan.Machine(device, available and available / world.local_size)
 
 
 def _run(

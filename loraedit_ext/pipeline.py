@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from models.layers import PipelineLayer
 
 _ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 """What a launcher would tell a process that has no others; there is nobody to meet at any port."""
+_TIMEOUT = timedelta(hours=6)
+"""How long a process waits for the others, which all do while the main one encodes, perhaps on its CPU. DeepSpeed's own limit
+is 10 minutes."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class World:
     local_rank: int
     size: int
     device: torch.device
+    local_size: int = 1
+    """Processes on this host."""
 
     @property
     def is_main(self) -> bool:
@@ -91,8 +97,21 @@ def _join(alone: bool) -> World:
     if alone:
         # In memory instead of at a port, which another run may take at the same moment, and which all hosts could reach.
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
-    return World(int(os.environ["RANK"]), local_rank, int(os.environ["WORLD_SIZE"]), device)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=_TIMEOUT)
+    return _world(device)
+
+
+def _world(device: torch.device) -> World:
+    """What the launcher says of this process. Of the number on this host torchrun and DeepSpeed speak differently."""
+    local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
+    rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    return World(rank, local_rank, size, device, int(local_size))
+
+
+def planned_world(stages: int) -> World:
+    """The world of a run that is planned but not started: the launcher's, or else as few processes as the stages need, here."""
+    cpu = torch.device("cpu")
+    return _world(cpu) if "RANK" in os.environ else World(0, 0, stages, cpu, stages)
 
 
 def split(layers: Sequence[PipelineLayer], stages: int, method: str, cuts: Sequence[int]) -> list[int]:

@@ -262,19 +262,14 @@ class Trainer:
     def render_preview(self) -> None:
         """The edit with the LoRA as it is, to `previews/stepN.mp4` and the trackers.
 
-        Every process of a pipeline samples with the others; the main one decodes. A preview that does not fit into
-        memory is told of and left out, for it is no reason to lose a run.
+        Every process of a pipeline samples with the others; the main one decodes.
         """
         assert self.previewer is not None, "previews are planned wherever they are due"
         started = time.perf_counter()
         latents = self.previewer.sample(self._forward)
         if self.world.is_main:
             path = self.run / PREVIEWS / f"step{self.step}.mp4"
-            try:
-                self.trackers.video(self.step, "preview", self.previewer.write(latents, path))
-            except torch.OutOfMemoryError as error:
-                self._say(f"{path}: not written, decoding ran out of memory; lower preview.max_area or "
-                          f"preview.max_frames ({error})")
+            self.trackers.video(self.step, "preview", self.previewer.write(latents, path))
             self.trackers.log(self.step, {"preview/seconds": time.perf_counter() - started})
         self.world.barrier()
 

@@ -5,12 +5,13 @@ Axes: F pixel frames, H W pixels, T latent frames, h w latent cells, C latent ch
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from models.lora_names import LoraNames
 from models.streaming import HostMemory, streamed_blocks
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 TIMESTEPS = 1000.0
 """Both families embed the noise level t in [0, 1] as a timestep in [0, 1000]."""
@@ -64,6 +66,12 @@ class Geometry:
                 )
         latent_frames = (frames - 1) // self.temporal_stride + 1
         return (self.latent_channels, latent_frames, height // self.spatial_stride, width // self.spatial_stride)
+
+
+def _release_memory() -> None:
+    """Give back to the GPU what nothing uses any more, circles of references included."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 class Checkpoint(Protocol):
@@ -113,35 +121,64 @@ class I2VModel(ABC):
         self.device = device
         self.vae_dtype = vae_dtype
         self._encoders: dict[str, Any] = {}
+        self._on_cpu: set[str] = set()
 
-    def encoder(self, name: str, load: Callable[[torch.device], Any]) -> Any:
+    @property
+    def loaders(self) -> dict[str, Callable[[torch.device], Any]]:
+        """How to load each frozen encoder, by name."""
+        return {
+            "vae": lambda device: self.checkpoint.load_vae(device, self.vae_dtype),
+            "text": self.checkpoint.load_text_encoder,
+        }
+
+    def encoder(self, name: str) -> Any:
         """The frozen encoder of that name, loaded when first asked for."""
         if name not in self._encoders:
-            self._encoders[name] = self._load_where_it_fits(name, load)
+            self._encoders[name] = self.loaders[name](self._home(name))
         return self._encoders[name]
 
-    def _load_where_it_fits(self, name: str, load: Callable[[torch.device], Any]) -> Any:
-        """On the model's device or, if that is a GPU without room for it (umT5 takes 11 GB, LLaVA 16), on the CPU."""
-        try:
-            return load(self.device)
-        except torch.OutOfMemoryError:
-            if self.device.type == "cpu":
-                raise
-        torch.cuda.empty_cache()
-        _log.warning("The %s encoder does not fit into the GPU's free memory; it runs on the CPU, once, and is cached.", name)
-        return load(torch.device("cpu"))
+    def _home(self, name: str) -> torch.device:
+        return torch.device("cpu") if name in self._on_cpu else self.device
 
     @property
     def vae(self) -> Any:
-        return self.encoder("vae", lambda device: self.checkpoint.load_vae(device, self.vae_dtype))
+        return self.encoder("vae")
 
-    @property
-    def text_encoder(self) -> Any:
-        return self.encoder("text", self.checkpoint.load_text_encoder)
+    def run_encoder(self, name: str, work: Callable[[Any], T]) -> T:
+        """One pass of a frozen encoder: beside the others or, if the GPU lacks room, without them, or else on the CPU.
+
+        Loading counts as part of the pass (umT5 takes 11 GB, LLaVA 16). What went to the CPU once stays there.
+
+        Args:
+            work: the pass, given the encoder; its result is on the CPU.
+        """
+        for relieve in (self._free_others, self._move_to_cpu):
+            try:
+                return work(self.encoder(name))
+            except torch.OutOfMemoryError:
+                if self._home(name).type == "cpu":
+                    raise
+            relieve(name)  # behind the handler: within it the error keeps alive what the pass had allocated
+        return work(self.encoder(name))
+
+    def _free_others(self, name: str) -> None:
+        self._encoders = {kept: encoder for kept, encoder in self._encoders.items() if kept == name}
+        _release_memory()
+
+    def _move_to_cpu(self, name: str) -> None:
+        self._encoders.pop(name, None)
+        self._on_cpu.add(name)
+        _release_memory()
+        halve = name == "vae" and self.vae_dtype == torch.float32
+        _log.warning(
+            "The GPU has no room for the %s encoder at work; it runs on the CPU from here on, which takes long.%s", name,
+            ' model.vae_dtype = "bfloat16" halves what it needs.' if halve else "",
+        )
 
     def free_encoders(self) -> None:
         """Drop every encoder that was loaded, before the transformer takes the memory."""
         self._encoders.clear()
+        torch.cuda.empty_cache()
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -155,11 +192,11 @@ class I2VModel(ABC):
     def encode_video(self, video: Tensor) -> Tensor:
         """(3, F, H, W) in [-1, 1] -> normalised latents (C, T, h, w), fp32 on the CPU."""
         self.geometry.latent_shape(*video.shape[1:])
-        return self.vae.encode(video[None])[0].cpu()
+        return self.run_encoder("vae", lambda vae: vae.encode(video[None])[0].cpu())
 
     def decode_video(self, latents: Tensor) -> Tensor:
         """Normalised latents (C, T, h, w) -> (3, F, H, W) in [-1, 1], fp32 on the CPU."""
-        return self.vae.decode(latents[None])[0].cpu()
+        return self.run_encoder("vae", lambda vae: vae.decode(latents[None])[0].cpu())
 
     @abstractmethod
     def encode_prompt(self, prompt: str, reference: Tensor) -> dict[str, Tensor]:

@@ -20,21 +20,25 @@ from models.offload import HostInputs, recomputed
 if TYPE_CHECKING:
     from models.streaming import StreamedBlock
 
-_VIEW_OF = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
-_FLOAT_OF = {torch.int32: torch.float32, torch.int16: torch.bfloat16}
+# NCCL has no int16, so bfloat16 goes as bytes, and as int8: uint8 is left to what is an integer itself.
+_VIEW_OF = {torch.float32: torch.int32, torch.bfloat16: torch.int8}
+_FLOAT_OF = {integer: number for number, integer in _VIEW_OF.items()}
 
 
 def freeze(constant: Tensor) -> Tensor:
-    """View a float tensor as integers of its width, so that it crosses a pipeline boundary as a constant.
+    """View a float tensor as integers, so that it crosses a pipeline boundary as a constant.
 
     DeepSpeed runs one backward per float tensor at a boundary and sends each one's gradient back;
     integers get neither.
+
+    Returns:
+        int32 of the same shape for float32; int8 with the last axis doubled for bfloat16.
     """
     return constant.detach().contiguous().view(_VIEW_OF[constant.dtype])
 
 
 def thaw(constant: Tensor) -> Tensor:
-    """Undo `freeze`: int32 is float32, int16 is bfloat16."""
+    """Undo `freeze`: int32 is float32, int8 is bfloat16."""
     return constant.view(_FLOAT_OF[constant.dtype])
 
 
@@ -146,7 +150,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (self.dim,), self.weight.to(x.dtype), self.eps)
+        # The kernel computes in fp32 anyway; CUDA's autocast would return fp32 as well, twice the memory of q and k.
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(x, (self.dim,), self.weight.to(x.dtype), self.eps)
 
 
 def sinusoid(t: Tensor, width: int, dtype: torch.dtype = torch.float64) -> Tensor:

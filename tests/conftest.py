@@ -202,6 +202,36 @@ def open_model(tiny_wan, tiny_hunyuan):
     return open_
 
 
+class NoRoomToDecode:
+    """A VAE on a GPU that runs out of memory when it decodes."""
+
+    def __init__(self, vae) -> None:
+        self.encode = vae.encode
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+
+@pytest.fixture
+def no_room_to_decode(monkeypatch):
+    """Models have their VAE on a GPU that runs out of memory when it decodes; all else of them is on the CPU."""
+    from models.base import I2VModel
+
+    real = I2VModel.encoder
+
+    def home(self, name):
+        return torch.device("cpu" if name in self._on_cpu or name != "vae" else "cuda")
+
+    def encoder(self, name):
+        with monkeypatch.context() as patch:
+            patch.setattr(I2VModel, "_home", lambda self, name: torch.device("cpu"))
+            found = real(self, name)
+        return NoRoomToDecode(found) if home(self, name).type == "cuda" else found
+
+    monkeypatch.setattr(I2VModel, "_home", home)
+    monkeypatch.setattr(I2VModel, "encoder", encoder)
+
+
 def write_edit_folder(folder: Path, family: str, checkpoint: Path) -> EditFolder:
     """A complete edit of the moving square: red becomes blue."""
     from dataset.images import write_png

@@ -6,6 +6,7 @@ they are heavy.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ from models.layers import calls_shown
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoImageToVideoPipeline
 
+_log = logging.getLogger(__name__)
+
 SCALING_FACTOR = 0.476986
 NORM_GROUPS = 32
 VAE_PREFIXES = ("vae.", "first_stage_model.")
@@ -33,7 +36,9 @@ TILE = 256
 """Side in pixels of the VAE's tiles, a quarter of it overlapping, as in the original's scripts."""
 TILE_STRIDE = TILE * 3 // 4
 TEXT_TOKENS = 256
-"""Tokens of the user's prompt that LLaVA reads."""
+"""Tokens that LLaVA reads behind the template's head: the prompt and the assistant's header."""
+PROMPT_TOKENS = TEXT_TOKENS - 4
+"""The most of the prompt alone: the header's four are cut out again, and with a longer prompt its last four in their place."""
 
 
 class HunyuanVAE:
@@ -213,6 +218,7 @@ class HunyuanTextEncoder:
             `text` float32 (L, 4096), valid tokens first, then zeros; `text_length` int64 (), how many are valid;
             `pooled` float32 (768,).
         """
+        self._tell_what_is_cut(prompt)
         states, pooled, mask = self.pipeline.encode_prompt(
             image=_picture(image), prompt=prompt, max_sequence_length=TEXT_TOKENS,
             image_embed_interleave=self.interleave,
@@ -220,6 +226,15 @@ class HunyuanTextEncoder:
         valid = states[0][mask[0].bool()].float().cpu()
         text = F.pad(valid, (0, 0, 0, states.shape[1] - len(valid)))
         return {"text": text, "text_length": torch.tensor(len(valid)), "pooled": pooled[0].float().cpu()}
+
+    def _tell_what_is_cut(self, prompt: str) -> None:
+        """CLIP's part, of which only the pooled state is used, is told of by the library."""
+        count = len(self.pipeline.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        if count > PROMPT_TOKENS:
+            _log.warning(
+                "The prompt has %d tokens, LLaVA reads %d: the last %d are cut off. It begins: %.60s",
+                count, PROMPT_TOKENS, count - PROMPT_TOKENS, prompt,
+            )
 
 
 def _picture(image: Tensor) -> Any:

@@ -55,7 +55,7 @@ class HunyuanI2V(I2VModel):
 
     def encode_prompt(self, prompt: str, reference: Tensor) -> dict[str, Tensor]:
         """`text` (L, text_dim): image and text tokens, valid ones first; `text_length` (); `pooled` (pooled_dim,)."""
-        return self.text_encoder.encode(prompt, reference)
+        return self.run_encoder("text", lambda encoder: encoder.encode(prompt, reference))
 
     def encode_negative(self, prompt: str, reference: Tensor) -> dict[str, Tensor]:
         """As released, the picture of the unconditional pass is black."""

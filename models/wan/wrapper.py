@@ -6,6 +6,7 @@ Axes: F pixel frames, H W pixels, T latent frames, h w latent cells, L text toke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 
 from models.base import Geometry, I2VModel
 from models.wan.checkpoint import WanCheckpoint
-from models.wan.encoders import WanImageEncoder
 from models.wan.keys import LORA
 from models.wan.transformer import WanTransformer
 
@@ -39,12 +39,12 @@ class WanI2V(I2VModel):
         }
 
     @property
-    def image_encoder(self) -> WanImageEncoder:
-        return self.encoder("image", self.checkpoint.load_image_encoder)
+    def loaders(self) -> dict[str, Callable[[torch.device], Any]]:
+        return super().loaders | {"image": self.checkpoint.load_image_encoder}
 
     def encode_prompt(self, prompt: str, reference: Tensor) -> dict[str, Tensor]:
         """`text` (text_len, text_dim): the prompt's features, zero-padded and not masked, as the original does."""
-        features = self.text_encoder.encode(prompt).cpu()
+        features = self.run_encoder("text", lambda encoder: encoder.encode(prompt).cpu())
         return {"text": F.pad(features, (0, 0, 0, self.checkpoint.config.text_len - len(features)))}
 
     def encode_condition(
@@ -54,7 +54,7 @@ class WanI2V(I2VModel):
         known, channels = self.known_region(video, mask)
         return {
             "y": torch.cat([channels, self.encode_video(known)]),
-            "image": self.image_encoder.encode(reference).cpu(),
+            "image": self.run_encoder("image", lambda encoder: encoder.encode(reference).cpu()),
             **self.encode_prompt(prompt, reference),
         }
 

@@ -13,12 +13,19 @@ from dataset.images import read_image
 from dataset.video import read_video
 from loraedit_ext import launch, pictures, sampling
 from loraedit_ext.config import load_config
+from loraedit_ext.editor import Editor
+from tests.conftest import write_edit_folder
 
 
 @pytest.fixture
 def trained(edit_folder):
     launch.train(load_config(edit_folder.config))
     return edit_folder
+
+
+@pytest.fixture
+def token_replace_folder(tmp_path, tiny_hunyuan):
+    return write_edit_folder(tmp_path, "hunyuan-video", tiny_hunyuan["token_replace"])
 
 
 def edit(folder, *overrides, lora=None):
@@ -57,6 +64,23 @@ def test_the_seam_blends_towards_the_source_and_not_towards_the_grey_condition(t
     for index in range(1, 9):
         rim = (20, slice(8 + 3 * index, 16 + 3 * index))  # the region's top row, away from its corners
         assert np.abs(out[index][rim] - source[index][rim]).max() <= 255 / 8 + 1
+
+
+@pytest.mark.parametrize("family", ["wan", "hunyuan-video"])
+def test_the_last_decode_goes_to_the_cpu_rather_than_to_lose_what_was_sampled(request, family, caplog):
+    """Of both families: the frames are those of a run whose VAE had room."""
+    folder = request.getfixturevalue("edit_folder" if family == "wan" else "token_replace_folder")
+    config = load_config(folder.config, ["edit.steps=1", "edit.guidance=1"])
+    device = torch.device("cpu")
+
+    def generated():
+        model = launch.build_model(config, device)
+        return Editor(config, model, None, device).edit(launch.open_job(config, model)).generated
+
+    expected = generated()
+    request.getfixturevalue("no_room_to_decode")
+    assert (generated() == expected).all()
+    assert caplog.text.count("no room for the vae encoder") == 1
 
 
 def test_without_compositing_nothing_is_pasted(trained):

@@ -1,12 +1,15 @@
-"""The split of layers over stages."""
+"""The processes of a run, and the split of layers over stages."""
 
 from __future__ import annotations
+
+from datetime import timedelta
 
 import pytest
 import torch
 
 from common.errors import UserError
-from loraedit_ext.pipeline import World, check_world, split, stage_of
+from loraedit_ext import launch
+from loraedit_ext.pipeline import World, check_world, distributed, planned_world, split, stage_of
 from models.wan.config import WanConfig
 from models.wan.transformer import WanTransformer
 
@@ -43,3 +46,41 @@ def test_ranks_map_to_stages_as_deepspeed_lays_them_out():
     assert check_world(worlds[0], 2) == 2
     with pytest.raises(UserError, match="does not divide the 4 processes"):
         check_world(worlds[0], 3)
+
+
+LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The environment that a launcher gives the only process."""
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+@pytest.mark.usefixtures("launched")
+def test_processes_wait_for_hours_while_the_main_one_encodes():
+    with distributed():
+        group = torch.distributed.distributed_c10d._get_default_group()
+        assert group._get_backend(torch.device("cpu")).options._timeout >= timedelta(hours=3)
+
+
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_either_launcher_tells_how_many_processes_share_this_host(launched, name):
+    launched.setenv(name, "4")
+    launched.setenv("WORLD_SIZE", "8")
+    launched.setenv("RANK", "5")
+    world = planned_world(2)
+    assert (world.rank, world.size, world.local_size) == (5, 8, 4)
+
+
+def test_without_a_launcher_a_planned_world_has_a_process_for_each_stage():
+    world = planned_world(3)
+    assert (world.rank, world.size, world.local_size) == (0, 3, 3)
+    assert check_world(world, 3) == 1
+
+
+def test_processes_on_one_host_share_its_memory():
+    alone, one_of_four = (World(0, 0, size, torch.device("cpu"), size) for size in (1, 4))
+    assert 4 * launch.this_machine(one_of_four).host == pytest.approx(launch.this_machine(alone).host, rel=0.1)

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
 from common.errors import UserError
 from dataset.images import read_image
@@ -97,24 +96,20 @@ def test_no_encoder_but_the_vae_is_loaded_for_a_preview_and_that_one_is_freed(ed
     launch.train(load_config(edit_folder.config, PREVIEWS), cache_only=True)
     loaded, freed = [], []
     real, free = MaskedWan.encoder, MaskedWan.free_encoders
-    monkeypatch.setattr(MaskedWan, "encoder", lambda self, name, load: loaded.append(name) or real(self, name, load))
+    monkeypatch.setattr(MaskedWan, "encoder", lambda self, name: loaded.append(name) or real(self, name))
     monkeypatch.setattr(MaskedWan, "free_encoders", lambda self: freed.append(sorted(self._encoders)) or free(self))
     train(edit_folder, *PREVIEWS)
     assert loaded == ["vae"] * 3
     assert freed == [[], ["vae"], ["vae"], ["vae"]]
 
 
-def test_a_preview_that_does_not_fit_into_memory_costs_no_run(edit_folder, monkeypatch, capsys):
-    from loraedit_ext.wan import MaskedWan
-
-    def full(*_):
-        raise torch.OutOfMemoryError("no room")
-
-    launch.train(load_config(edit_folder.config, PREVIEWS), cache_only=True)
-    monkeypatch.setattr(MaskedWan, "decode_video", full)
+@pytest.mark.usefixtures("no_room_to_decode")
+def test_a_preview_without_room_on_the_gpu_is_decoded_on_the_cpu(edit_folder, caplog):
     train(edit_folder, *PREVIEWS)
+    (run,) = edit_folder.runs()
     assert len(edit_folder.losses()) == 6
-    assert capsys.readouterr().err.count("lower preview.max_area") == 3
+    assert [read_video(run / "previews" / f"step{step}.mp4").total for step in (2, 4, 6)] == [9, 9, 9]
+    assert caplog.text.count("no room for the vae encoder") == 1
 
 
 def test_a_job_without_edited_first_frame_is_refused_before_anything_is_encoded(edit_folder):

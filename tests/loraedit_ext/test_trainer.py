@@ -191,6 +191,22 @@ def test_a_dry_run_writes_nothing(edit_folder, capsys):
     assert "memory    about" in capsys.readouterr().out
 
 
+def test_a_dry_run_plans_several_stages_without_a_launcher(edit_folder, capsys):
+    launch.train(load_config(edit_folder.config, ["pipeline_stages=2"]), dry_run=True)
+    assert "2 pipeline stage(s) x 1 replica(s)" in capsys.readouterr().out
+
+
+def test_a_dry_run_under_a_launcher_plans_its_processes_and_one_of_them_prints(edit_folder, capsys, monkeypatch):
+    said = []
+    for rank in range(4):
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 4, "LOCAL_SIZE": 4}.items():
+            monkeypatch.setenv(name, str(value))
+        launch.train(load_config(edit_folder.config, ["pipeline_stages=2"]), dry_run=True)
+        said.append(capsys.readouterr().out)
+    assert "2 pipeline stage(s) x 2 replica(s)" in said[0]
+    assert said[1:] == [""] * 3
+
+
 def test_cache_only_encodes_and_stops(edit_folder):
     launch.train(load_config(edit_folder.config), cache_only=True)
     assert len(list((edit_folder.path / "cache" / "wan").glob("*.safetensors"))) == 2

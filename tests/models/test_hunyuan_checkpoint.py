@@ -187,6 +187,22 @@ def test_latent_concat_keeps_every_second_image_token(tiny_hunyuan, text_encoder
     assert states["pooled"].shape == (48,)
 
 
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.bfloat16), ("meta", torch.float16)])
+def test_the_text_encoders_are_in_float16_as_released_but_for_a_cpu(tiny_hunyuan, device, dtype):
+    pipeline = HunyuanCheckpoint.open(tiny_hunyuan["token_replace"]).load_text_encoder(device).pipeline
+    assert {p.dtype for p in pipeline.text_encoder.parameters()} == {dtype}
+    assert {p.dtype for p in pipeline.text_encoder_2.parameters()} == {dtype}
+
+
+def test_bf16_text_states_are_near_those_of_fp32(tiny_hunyuan, text_encoder):
+    image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    rounded = HunyuanCheckpoint.open(tiny_hunyuan["token_replace"]).load_text_encoder().encode("a red square", image)
+    exact = text_encoder.encode("a red square", image)
+    for name in ("text", "pooled"):
+        assert 0 < (rounded[name] - exact[name]).norm() / exact[name].norm() < 0.03
+    assert rounded["text_length"] == exact["text_length"]
+
+
 def test_prompt_and_picture_both_matter(text_encoder):
     grey, white = torch.zeros(3, 32, 32), torch.ones(3, 32, 32)
     base = text_encoder.encode("a red square", grey)
@@ -199,10 +215,22 @@ def test_prompt_and_picture_both_matter(text_encoder):
     assert torch.equal(base["pooled"], picture["pooled"])
 
 
-def test_a_very_long_prompt_is_cut_not_refused(text_encoder):
+def test_a_very_long_prompt_is_cut_not_refused_and_the_cut_is_told(text_encoder, caplog):
     states = text_encoder.encode("word " * 400, torch.zeros(3, 32, 32))
     assert states["text"].shape == (144 + 252, 64)
     assert int(states["text_length"]) == 144 + 252
+    count = len(text_encoder.pipeline.tokenizer("word " * 400, add_special_tokens=False)["input_ids"])
+    assert f"The prompt has {count} tokens, LLaVA reads 252: the last {count - 252} are cut off. It begins: word" in caplog.text
+
+
+@pytest.mark.parametrize(("length", "told"), [(252, False), (253, True)])
+def test_as_many_tokens_of_a_prompt_are_read_as_the_message_says(text_encoder, caplog, length, told):
+    """The tiny tokenizer has a token for each letter: whether the last one changes the states tells whether it was read."""
+    prompts = ["a" * (length - 1) + last for last in "bc"]
+    assert len(text_encoder.pipeline.tokenizer(prompts[0], add_special_tokens=False)["input_ids"]) == length
+    first, second = (text_encoder.encode(prompt, torch.zeros(3, 32, 32))["text"] for prompt in prompts)
+    assert torch.equal(first, second) == told
+    assert ("LLaVA reads 252: the last 1 are cut off" in caplog.text) == told
 
 
 def test_another_tokenizer_is_refused(tiny_hunyuan, tmp_path):
