@@ -57,7 +57,9 @@ class EditJob:
     grey_mask: np.ndarray
     """uint8 (F, H, W), white = edit; what grey means is decided above this room."""
     edited_frames: tuple[EditedFrame, ...]
-    """In the order of their index."""
+    """In the order of their index; pictures as they came, whatever `keep_outside` says."""
+    keep_outside: bool
+    """Whether edited pictures count inside their frame's mask only."""
     caption: str
     trigger: str
     fps: Fraction
@@ -98,7 +100,7 @@ class EditJob:
             "frames": len(self.frames), "size": list(self.size), "original_size": list(self.original_size),
             "crop": list(self.crop), "fps": str(self.fps), "variable_rate": self.variable_rate,
             "caption": self.caption, "trigger": self.trigger,
-            "clips": [[c.start, c.stop] for c in self.clips],
+            "clips": [[c.start, c.stop] for c in self.clips], "keep_outside": self.keep_outside,
             "edited_frames": [
                 {"index": frame.index, "image": str(frame.path), "caption": frame.caption}
                 for frame in self.edited_frames
@@ -123,7 +125,7 @@ class EditJob:
             "edited_frames": [
                 {
                     "index": frame.index, "file": self.hashes[f"edited_frame.{frame.index}"],
-                    "image": hash_pixels(frame.image), "caption": frame.caption,
+                    "image": hash_pixels(frame.image), "caption": frame.caption, "keep_outside": self.keep_outside,
                 }
                 for frame in self.edited_frames
             ],
@@ -210,7 +212,7 @@ class _Loader:
         audio = AudioSpan(settings.source, float(times[0]), span) if source.has_audio else None
         job = EditJob(
             name=settings.name, frames=fitted.frames(source.frames[:count]), grey_mask=mask,
-            edited_frames=edits, caption=caption, trigger=settings.trigger, fps=source.fps,
+            edited_frames=edits, keep_outside=settings.keep_outside, caption=caption, trigger=settings.trigger, fps=source.fps,
             variable_rate=source.variable_rate, times=times, source=settings.source, mask=settings.mask,
             start=settings.start, original_size=source.size, audio=audio, clips=clips,
             choices=tuple(self.choices), hashes=self.hashes, crop=(*fitted.offset, *fitted.crop),

@@ -67,6 +67,9 @@ class JobSettings(Settings):
     """Frames per second of a source that is a folder of images, which has no rate of its own; default 16."""
     clip_frames: Count | None = None
     """Train on overlapping clips of this many frames instead of the whole video (paper section 4.5)."""
+    keep_outside: bool = True
+    """Use of each edited picture only what lies inside its frame's mask, and the source's pixels elsewhere; false: the whole
+    picture. See docs/masks.md."""
     edited_frame: tuple[EditedFrameSettings, ...] = ()
     """The edited frames, as `[[edited_frame]]` tables; frame 0 is needed to edit, not to train on motion."""
 

@@ -211,6 +211,9 @@ def test_identity_follows_bytes_under_the_same_names(folder):
     write_picture(folder / "masks" / "00016.png", box_masks(1)[0] ^ 255)
     masked = load(folder).identity()
     assert masked["clip"] != edited["clip"]
+    whole = load(folder, keep_outside=False).identity()
+    assert whole["clip"] == masked["clip"]
+    assert whole["edited_frames"] != masked["edited_frames"]
     write_lossless(folder / "source.mkv", FRAMES[::-1].copy(), 8)
     assert load(folder).identity()["clip"]["frames"] != masked["clip"]["frames"]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from dataset.images import read_image
+from dataset.images import read_image, write_png
 from dataset.video import read_video
 from loraedit_ext import launch, pictures, sampling
 from loraedit_ext.config import load_config
@@ -29,13 +29,18 @@ def frames_of(out):
     return np.stack([read_image(path) for path in sorted((out / "edited").glob("*.png"))])
 
 
-def test_preserved_pixels_are_the_sources_and_frame_0_is_the_edit(trained):
+def test_preserved_pixels_are_the_sources_and_frame_0_is_the_edit(trained, capsys):
+    """Also where the edited picture changes them, as image models do."""
+    edited = read_image(trained.path / "edited_0.png") + np.uint8(2)
+    edited[-8:, -8:] = 255
+    write_png(trained.path / "edited_0.png", edited)
     out = frames_of(edit(trained))
     source = np.stack([read_image(p) for p in sorted((trained.path / "source").glob("*.png"))])
     mask = np.stack([read_image(p)[..., 0] for p in sorted((trained.path / "mask").glob("*.png"))])
-    assert (out[0] == read_image(trained.path / "edited_0.png")).all()
-    assert (out[1:][mask[1:] == 0] == source[1:][mask[1:] == 0]).all()
+    assert (out[0][mask[0] > 0] == edited[mask[0] > 0]).all()
+    assert (out[mask == 0] == source[mask == 0]).all()
     assert (out[1:][mask[1:] > 0] != source[1:][mask[1:] > 0]).any()
+    assert "% of what edited_0.png changes lies outside the mask" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("condition", ["first_frame", "all", "none"])
