@@ -50,9 +50,13 @@ def to_pixels(video: Tensor) -> np.ndarray:
     return rearrange((video + 1) * 127.5, "c f h w -> f h w c").round().clamp(0, 255).to(torch.uint8).numpy()
 
 
-def preserve_mask(job: EditJob) -> Tensor:
-    """The job's mask, bool (F, H, W): True outside the region to edit, in frame 0 too."""
-    return masks.from_grey(torch.tensor(job.grey_mask), str(job.mask))
+def preserve_mask(job: EditJob, whole: bool = True) -> Tensor:
+    """The job's mask, bool (F, H, W): True outside the region to edit, in frame 0 too.
+
+    Args:
+        whole: whether the region may be the whole of all frames, where nothing is then told to be preserved.
+    """
+    return masks.from_grey(torch.tensor(job.grey_mask), str(job.mask), whole)
 
 
 def prompt(job: EditJob, caption: str) -> str:
@@ -104,8 +108,8 @@ def _left_out(job: EditJob, edited: EditedFrame) -> str | None:
         )
     if share <= LITTLE:
         return None
-    return (f"{job.name}: edited frame {edited.index}: {share:.0%} of what {edited.path.name} changes lies outside the mask and "
-            "is left out; keep_outside = false takes the picture whole.")  # fmt: skip
+    return (f"{job.name}: edited frame {edited.index}: {share:.0%} of what {edited.path.name} changes lies outside the mask "
+            "and is left out; keep_outside = false takes the picture whole.")  # fmt: skip
 
 
 def naive(job: EditJob) -> list[Triple]:
@@ -118,7 +122,7 @@ def naive(job: EditJob) -> list[Triple]:
 
 def motion(job: EditJob) -> list[Triple]:
     """Disentangle edit and background (3.3.1): regenerate the region, given the background."""
-    preserve = preserve_mask(job)
+    preserve = preserve_mask(job, whole=False)
     return [
         _over_source(job, "motion", clip, masks.with_first_frame(preserve[clip.start : clip.stop]))
         for clip in job.clips
@@ -127,7 +131,7 @@ def motion(job: EditJob) -> list[Triple]:
 
 def appearance(job: EditJob) -> list[Triple]:
     """How the edit looks later on (3.3.2): one single-frame sample per edited frame behind the first."""
-    preserve = preserve_mask(job)
+    preserve = preserve_mask(job, whole=False)
     return [_of_edited_frame(job, edited, preserve) for edited in job.edited_frames if edited.index > 0]
 
 
@@ -142,7 +146,7 @@ def unedited(job: EditJob, condition: EditCondition = "motion") -> Triple:
 
 
 def _to_generate(job: EditJob, name: str, frames: np.ndarray, condition: EditCondition) -> Triple:
-    preserve = _told(preserve_mask(job), condition)
+    preserve = _told(preserve_mask(job, whole=condition != "motion"), condition)
     video = to_unit(frames)
     return Triple(
         name=name,

@@ -166,7 +166,7 @@ def from_files(files: Files) -> Subject:
     grey = grey_levels(files.mask, videos["mask"])
     return Subject(
         name=files.edited.stem, source=videos["source"], edited=videos["edited"],
-        preserve=masks.from_grey(torch.tensor(grey), str(files.mask)).numpy(), reference=videos["reference"][0],
+        preserve=masks.from_grey(torch.tensor(grey), str(files.mask), whole=True).numpy(), reference=videos["reference"][0],
         generated=videos.get("generated"), truth=videos.get("truth"), fps=fps,
         files={role: str(path) for role, path in files.named().items()},
         hashes={role: hash_media(path) for role, path in files.named().items()}, notes=tuple(notes),

@@ -55,6 +55,24 @@ def test_whatever_the_model_is_told_compositing_follows_the_jobs_mask(trained, c
     assert (out[1:][mask[1:] > 0] == told[1:][mask[1:] > 0]).all()
 
 
+def test_a_whole_frame_edit_trains_and_edits_without_a_mask(edit_folder):
+    """A style or the light: all is white, the naive regime and its condition preserve nothing behind frame 0."""
+    for path in (edit_folder.path / "mask").glob("*.png"):
+        write_png(path, np.full((64, 64), 255, np.uint8))
+    for index in (0, 6):
+        path = edit_folder.path / f"edited_{index}.png"
+        write_png(path, 255 - read_image(path))
+    with pytest.raises(UserError, match=r"all white.*mix = \{ naive = 1 \}.*edit\.condition"):
+        launch.train(load_config(edit_folder.config), dry_run=True)
+    launch.train(load_config(edit_folder.config, ["stage=[{name='naive', steps=2, mix={naive=1}}]"]))
+    with pytest.raises(UserError, match=r"edit\.condition = \"first_frame\""):
+        edit(edit_folder)
+    out = frames_of(edit(edit_folder, "edit.condition=first_frame"))
+    raw = frames_of(edit(edit_folder, "edit.condition=first_frame", "edit.composite=false"))
+    assert (out[1:] == raw[1:]).all()
+    assert (out[0] == read_image(edit_folder.path / "edited_0.png")).all()
+
+
 def test_the_seam_blends_towards_the_source_and_not_towards_the_grey_condition(trained):
     """It once did the latter: beside a preserved pixel seven eighths must be the source's, with a feather of 8."""
     out = frames_of(edit(trained, "edit.feather=8")).astype(int)
