@@ -22,9 +22,9 @@ class EditedFrameSettings(Settings):
     image: Path
     """The edited picture, of the source's size or of the job's `size`."""
     frame: Index | None = None
-    """Its index in the used clip: 0 is the first used frame."""
+    """Its index in the used clip: 0 is the first used frame, 1 the second, `every` frames later in the source."""
     time: Seconds | None = None
-    """Instead of `frame`: seconds in the source, as a player shows them; the nearest frame is meant."""
+    """Instead of `frame`: seconds in the source, as a player shows them; the nearest used frame is meant."""
     caption: Text | None = None
     """What the edited picture shows; default: the job's `edited_caption`."""
     caption_file: Path | None = None
@@ -46,7 +46,8 @@ class JobSettings(Settings):
     source: Path
     """The video to edit: mp4, mov, webm, mkv, gif, or a folder of images."""
     mask: Path
-    """White = edit: a video or a folder of images with one mask per source frame, or one still for all."""
+    """White = edit: a video or a folder of images with one mask per source frame, or one still for all. With `every` also
+    one mask per used frame."""
     caption: Text | None = None
     """What the first used frame of the source shows."""
     caption_file: Path | None = None
@@ -59,6 +60,8 @@ class JobSettings(Settings):
     """[width, height] to work at; default: the source's own, or the nearest that the model can take."""
     start: Index = 0
     """Index of the first source frame to use."""
+    every: Count = 1
+    """Use every so many frames of the source, from `start` on: 60 fps and `every` = 4 give a result of 15 fps, in time."""
     frames: Count | None = None
     """How many frames to use; default: as many as the model can take, up to `max_frames`."""
     max_frames: Count = 49

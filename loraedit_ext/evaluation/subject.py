@@ -74,8 +74,8 @@ def from_edit(config: RunConfig, folder: Path) -> Subject:
     """
     record = _read_record(folder / results.RECORD)
     made = record["job"]
-    kept = {key: made[key] for key in ("size", "frames", "start")}
-    job = load_job(config.dataset, Grid(), kept | {"keep_outside": made.get("keep_outside", False)})
+    then = {"every": 1, "keep_outside": False, **made}  # as before there were these keys
+    job = load_job(config.dataset, Grid(), {key: then[key] for key in ("size", "frames", "start", "every", "keep_outside")})
     _check_unchanged(job, made["hashes"], folder)
     if job.first_edit is None:
         raise UserError(f"{config.dataset}: has no edited frame 0, which this edit was made from. Put it back.")
