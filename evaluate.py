@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=Path, metavar="PATH", help=HELP[name])
     parser.add_argument("--suite", choices=["scenes"], help="run the benchmark; its knobs are suite.KEY=value")
     parser.add_argument("--quick", action="store_true", help="with --suite: a subset that takes a few minutes")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     given = {name: getattr(options, name) for name in (*REQUIRED, *OPTIONAL) if getattr(options, name)}
     if options.suite and (options.config or options.edit or given.keys() - {"out"}):
         parser.error("--suite makes its own edits; it goes with --quick, --out and key=value alone")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from loraedit_ext import cli
 
@@ -19,9 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry_run", action="store_true", help="print the plan, then stop")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.resume_from_checkpoint:
-        options.overrides.append(f"resume_from_checkpoint={options.resume_from_checkpoint}")
+    options = parser.parse_intermixed_args(arguments)
+    options.overrides += _resume(options.resume_from_checkpoint)
 
     def run() -> None:
         from loraedit_ext import launch
@@ -29,6 +29,15 @@ def main(arguments: list[str] | None = None) -> int:
         launch.train(cli.read_config(options), options.dry_run, options.cache_only)
 
     return cli.guarded(run, options.traceback)
+
+
+def _resume(run: str | None) -> list[str]:
+    """--resume_from_checkpoint [RUN] as overrides; an override may follow the flag and then is no RUN."""
+    if run is None:
+        return []
+    if "=" in run and not Path(run).exists():
+        return ["resume_from_checkpoint=true", run]
+    return [f"resume_from_checkpoint={run}"]
 
 
 if __name__ == "__main__":

@@ -57,11 +57,13 @@ class EditJob:
     grey_mask: np.ndarray
     """uint8 (F, H, W), white = edit; what grey means is decided above this room."""
     edited_frames: tuple[EditedFrame, ...]
-    """In the order of their index."""
+    """In the order of their index; pictures as they came, whatever `keep_outside` says."""
+    keep_outside: bool
+    """Whether edited pictures count inside their frame's mask only."""
     caption: str
     trigger: str
     fps: Fraction
-    """The source's own rate; its mean where `variable_rate`."""
+    """Of the used frames: the source's own rate, or its mean where `variable_rate`, divided by `every`."""
     variable_rate: bool
     times: np.ndarray
     """float64 (F,): seconds of each frame in the source."""
@@ -69,6 +71,8 @@ class EditJob:
     mask: Path
     start: int
     """Index in the source of frame 0."""
+    every: int
+    """Step in the source from one used frame to the next."""
     original_size: Size
     """(width, height) of the source."""
     audio: AudioSpan | None
@@ -94,11 +98,11 @@ class EditJob:
     def fields(self) -> dict[str, Any]:
         """The job for people and for edited.json: names, sizes, words, file hashes; JSON-able."""
         return {
-            "name": self.name, "source": str(self.source), "mask": str(self.mask), "start": self.start,
+            "name": self.name, "source": str(self.source), "mask": str(self.mask), "start": self.start, "every": self.every,
             "frames": len(self.frames), "size": list(self.size), "original_size": list(self.original_size),
             "crop": list(self.crop), "fps": str(self.fps), "variable_rate": self.variable_rate,
             "caption": self.caption, "trigger": self.trigger,
-            "clips": [[c.start, c.stop] for c in self.clips],
+            "clips": [[c.start, c.stop] for c in self.clips], "keep_outside": self.keep_outside,
             "edited_frames": [
                 {"index": frame.index, "image": str(frame.path), "caption": frame.caption}
                 for frame in self.edited_frames
@@ -116,14 +120,14 @@ class EditJob:
             "clip": {
                 "source": self.hashes["source"], "mask": self.hashes["mask"],
                 "frames": hash_pixels(self.frames), "grey_mask": hash_pixels(self.grey_mask),
-                "start": self.start, "crop": list(self.crop), "size": list(self.size),
+                "start": self.start, "every": self.every, "crop": list(self.crop), "size": list(self.size),
                 "caption": self.caption, "trigger": self.trigger,
                 "clips": [[c.start, c.stop] for c in self.clips],
             },
             "edited_frames": [
                 {
                     "index": frame.index, "file": self.hashes[f"edited_frame.{frame.index}"],
-                    "image": hash_pixels(frame.image), "caption": frame.caption,
+                    "image": hash_pixels(frame.image), "caption": frame.caption, "keep_outside": self.keep_outside,
                 }
                 for frame in self.edited_frames
             ],
@@ -210,10 +214,11 @@ class _Loader:
         audio = AudioSpan(settings.source, float(times[0]), span) if source.has_audio else None
         job = EditJob(
             name=settings.name, frames=fitted.frames(source.frames[:count]), grey_mask=mask,
-            edited_frames=edits, caption=caption, trigger=settings.trigger, fps=source.fps,
-            variable_rate=source.variable_rate, times=times, source=settings.source, mask=settings.mask,
-            start=settings.start, original_size=source.size, audio=audio, clips=clips,
-            choices=tuple(self.choices), hashes=self.hashes, crop=(*fitted.offset, *fitted.crop),
+            edited_frames=edits, keep_outside=settings.keep_outside, caption=caption, trigger=settings.trigger,
+            fps=source.fps / settings.every, variable_rate=source.variable_rate, times=times,
+            source=settings.source, mask=settings.mask, start=settings.start, every=settings.every,
+            original_size=source.size, audio=audio, clips=clips, choices=tuple(self.choices), hashes=self.hashes,
+            crop=(*fitted.offset, *fitted.crop),
         )
         for array in (job.frames, job.grey_mask, job.times, *(edit.image for edit in edits)):
             array.flags.writeable = False
@@ -264,7 +269,7 @@ class _Loader:
             if path.suffix.lower() in images.SUFFIXES:
                 raise UserError(f"{path}: is one picture; `source` must be a video or a folder of images.")
             rate = nice_rate(settings.fps) if settings.fps else None
-            source = read_media(path, settings.start, settings.frames or settings.max_frames, rate)
+            source = read_media(path, settings.start, settings.frames or settings.max_frames, rate, every=settings.every)
             if settings.fps and not path.is_dir():
                 self._fail(f"`fps` = {settings.fps}: is for folders of images; {path.name} has its own rate. "
                            "Remove it.")
@@ -279,21 +284,24 @@ class _Loader:
             kind = "a folder has no rate of its own; set `fps` for another,"
         audio = "audio" if source.has_audio else "no audio"
         width, height = source.size
+        every = self.settings.every
+        rate = f"`every` = {every} makes it {float(source.fps / every):.6g} fps" if every > 1 else "no rate conversion"
         self._say(f"source {source.path.name}: {source.total} frames of {width}x{height}, {kind} "
-                  f"{float(source.fps):.6g} fps, {audio}; no rate conversion")
+                  f"{float(source.fps):.6g} fps, {audio}; {rate}")
         for note in source.notes:
             self._say(f"source {source.path.name}: {note}")
 
     def _count(self, source: Video) -> int:
         """How many frames from `start` are used; 0 with an error where that cannot be said."""
         settings, grid = self.settings, self.grid
-        there = source.total - settings.start
+        there = len(range(settings.start, source.total, settings.every))
+        steps = f" in steps of `every` = {settings.every}" if settings.every > 1 else ""
         least = settings.frames or grid.frame_step + 1
         if there < least:
             largest = grid.frames_below(there) if there > 0 else 0
             most = f"at most {largest} can be used" if largest > grid.frame_step else "too few to use any"
-            self._fail(f"{source.path} has {source.total} frames, {max(0, there)} from `start` = "
-                       f"{settings.start} on; expected at least {least}; {most}.")
+            self._fail(f"{source.path} has {source.total} frames, {there} from `start` = "
+                       f"{settings.start} on{steps}; expected at least {least}; {most}.")
             return 0
         count = settings.frames or grid.frames_below(min(there, settings.max_frames))
         if not grid.takes_frames(count):  # told by _check_requests
@@ -302,8 +310,8 @@ class _Loader:
             f"the most of the form {grid.frame_step}n+1 "
             + (f"up to `max_frames` = {settings.max_frames}" if there > settings.max_frames else "there are")
         )
-        end = settings.start + count
-        self._say(f"uses {count} frames ({settings.start} to {end - 1}), {why}; "
+        last = settings.start + (count - 1) * settings.every
+        self._say(f"uses {count} frames ({settings.start} to {last}{steps}), {why}; "
                   f"{source.total - count} of {source.total} unused")
         return count
 
@@ -330,16 +338,19 @@ class _Loader:
         path = self.settings.mask
         with self.errors.catch():
             still = path.suffix.lower() in images.SUFFIXES
-            video = None if still else read_media(path, self.settings.start, max(1, count))
+            video = None if still else read_masks(path, self.settings.start, self.settings.every, max(1, count))
             pictures = images.read_image(path)[None] if video is None else video.frames
             self._hash("mask", path)
             for note in video.notes if video else ():
                 self._say(f"mask {path.name}: {note}")
             if source is None:
                 return None
-            check_mask(path, pictures.shape[2:0:-1], video.total if video else None, source)
+            used = count if self.settings.every > 1 else None
+            check_mask(path, pictures.shape[2:0:-1], video.total if video else None, source, used)
             if still:
                 self._say(f"mask {path.name}: one still, holds for all frames")
+            elif used == video.total:
+                self._say(f"mask {path.name}: {used} masks, one for each used frame")
             grey = grey_levels(path, pictures)
             return np.repeat(grey, count, axis=0) if still else grey
         return None
@@ -365,16 +376,22 @@ class _Loader:
                     self._hash(f"edited_frame.{index}", edit.image)
                     own = edit.caption or edit.caption_file or self.settings.edited_caption
                     note = "" if own or not caption else ", with the source's caption for want of its own"
-                    self._say(f"edited frame {index} is {edit.image.name}{note}")
+                    self._say(f"edited frame {index}{self._place(index)} is {edit.image.name}{note}")
         return tuple(found[index] for index in sorted(found))
+
+    def _place(self, index: int) -> str:
+        """Where a used frame is in the source, if that is not plain."""
+        settings = self.settings
+        return f" (frame {settings.start + index * settings.every} of the source)" if settings.every > 1 else ""
 
     def _index(self, edit: EditedFrameSettings, times: np.ndarray) -> int | None:
         """The frame that an edited frame replaces, or None with an error."""
         if edit.frame is not None:
             if edit.frame < len(times):
                 return edit.frame
+            steps = " in steps of `every`; or give `time`" if self.settings.every > 1 else ""
             self._fail(f"`edited_frame`: {edit.image.name} is for frame {edit.frame}, but the clip has "
-                       f"frames 0 to {len(times) - 1} (counted from `start`).")
+                       f"frames 0 to {len(times) - 1} (counted from `start`{steps}).")
             return None
         half = float(np.diff(times).mean()) / 2
         if not times[0] - half <= edit.time <= times[-1] + half:
@@ -382,7 +399,7 @@ class _Loader:
                        f"{times[0]:.3f} to {times[-1]:.3f} s of the source.")
             return None
         index = int(np.abs(times - edit.time).argmin())
-        self._say(f"{edit.image.name}: {edit.time:g} s is frame {index}, shown at {times[index]:.4f} s")
+        self._say(f"{edit.image.name}: {edit.time:g} s is frame {index}{self._place(index)}, shown at {times[index]:.4f} s")
         return index
 
     def _clips(self, count: int) -> tuple[range, ...]:
@@ -398,15 +415,25 @@ class _Loader:
         return clips
 
 
-def check_mask(path: Path, size: tuple[int, ...], total: int | None, source: Video) -> None:
-    """A mask must be as large as the source and, unless it is a still (`total` None), as long."""
+def read_masks(path: Path, start: int, every: int, count: int) -> Video:
+    """The masks of `count` used frames, of a video or folder that has one for each frame of the source.
+
+    One that has `count` masks in all, where `every` is above 1, has one for each used frame: it is taken as it is.
+    """
+    video = read_media(path, start, count, every=every)
+    return read_media(path) if every > 1 and video.total == count else video
+
+
+def check_mask(path: Path, size: tuple[int, ...], total: int | None, source: Video, used: int | None = None) -> None:
+    """A mask must be as large as the source and, unless it is a still (`total` None), as long, or have `used` frames."""
     errors = ErrorCollector()
     if tuple(size) != source.size:
         errors.add(f"{path}: masks are {size[0]}x{size[1]}, expected {source.size[0]}x{source.size[1]} as "
                    f"{source.path.name}. Make masks at the source's size; they are never stretched.")
-    if total not in (None, source.total):
+    if total not in (None, source.total, used):
+        clip = f", or {used}, one for each used frame" if used else ""
         errors.add(f"{path}: has {total} masks, expected {source.total}, one for each frame of "
-                   f"{source.path.name} (or one picture file for all).")
+                   f"{source.path.name}{clip} (or one picture file for all).")
     errors.raise_if_any()
 
 

@@ -22,9 +22,9 @@ class EditedFrameSettings(Settings):
     image: Path
     """The edited picture, of the source's size or of the job's `size`."""
     frame: Index | None = None
-    """Its index in the used clip: 0 is the first used frame."""
+    """Its index in the used clip: 0 is the first used frame, 1 the second, `every` frames later in the source."""
     time: Seconds | None = None
-    """Instead of `frame`: seconds in the source, as a player shows them; the nearest frame is meant."""
+    """Instead of `frame`: seconds in the source, as a player shows them; the nearest used frame is meant."""
     caption: Text | None = None
     """What the edited picture shows; default: the job's `edited_caption`."""
     caption_file: Path | None = None
@@ -52,7 +52,8 @@ class JobSettings(Settings):
     source: Path
     """The video to edit: mp4, mov, webm, mkv, gif, or a folder of images."""
     mask: Path
-    """White = edit: a video or a folder of images with one mask per source frame, or one still for all."""
+    """White = edit: a video or a folder of images with one mask per source frame, or one still for all. With `every` also
+    one mask per used frame."""
     caption: Text | None = None
     """What the first used frame of the source shows."""
     caption_file: Path | None = None
@@ -65,6 +66,8 @@ class JobSettings(Settings):
     """[width, height] to work at; default: the source's own, or the nearest that the model can take."""
     start: Index = 0
     """Index of the first source frame to use."""
+    every: Count = 1
+    """Use every so many frames of the source, from `start` on: 60 fps and `every` = 4 give a result of 15 fps, in time."""
     frames: Count | None = None
     """How many frames to use; default: as many as the model can take, up to `max_frames`."""
     max_frames: Count = 49
@@ -73,6 +76,9 @@ class JobSettings(Settings):
     """Frames per second of a source that is a folder of images, which has no rate of its own; default 16."""
     clip_frames: Count | None = None
     """Train on overlapping clips of this many frames instead of the whole video (paper section 4.5)."""
+    keep_outside: bool = True
+    """Use of each edited picture only what lies inside its frame's mask, and the source's pixels elsewhere; false: the whole
+    picture. See docs/masks.md."""
     edited_frame: tuple[EditedFrameSettings, ...] = ()
     """The edited frames, as `[[edited_frame]]` tables; frame 0 is needed to edit, not to train on motion."""
 

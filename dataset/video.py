@@ -43,7 +43,7 @@ class Video:
     total: int
     """Frames in the file, counted by decoding all of them."""
     fps: Fraction
-    """The constant rate, or the mean rate if `variable_rate`."""
+    """The constant rate of the file, or its mean rate if `variable_rate`."""
     variable_rate: bool
     has_audio: bool
     notes: tuple[str, ...]
@@ -55,11 +55,13 @@ class Video:
         return self.frames.shape[2], self.frames.shape[1]
 
 
-def read_media(path: Path, first: int = 0, count: int | None = None, fps: Fraction | None = None) -> Video:
+def read_media(
+    path: Path, first: int = 0, count: int | None = None, fps: Fraction | None = None, every: int = 1
+) -> Video:
     """Read a video file, or a folder of images at `fps`; see `read_video` and `read_images`."""
     if path.is_dir():
-        return read_images(path, first, count, fps)
-    return read_video(path, first, count)
+        return read_images(path, first, count, fps, every=every)
+    return read_video(path, first, count, every)
 
 
 def hash_media(path: Path) -> str:
@@ -69,8 +71,12 @@ def hash_media(path: Path) -> str:
     return hash_file(path)
 
 
-def read_images(path: Path, first: int = 0, count: int | None = None, fps: Fraction | None = None) -> Video:
+def read_images(
+    path: Path, first: int = 0, count: int | None = None, fps: Fraction | None = None, every: int = 1
+) -> Video:
     """Read the pictures of a folder in natural order as a video; all of them must have one size.
+
+    Which are kept is as with `read_video`.
 
     Raises:
         UserError: no pictures, one that cannot be read, or pictures of different sizes.
@@ -86,7 +92,7 @@ def read_images(path: Path, first: int = 0, count: int | None = None, fps: Fract
                 f"{file}: is {_size(image.shape)}, expected {_size(shape)} as {files[0].name}. "
                 "All images of a folder must have one size."
             )
-        if _wanted(index, first, count):
+        if _wanted(index, first, count, every):
             frames.append(image)
     rate = fps or FOLDER_FPS
     gap = images.numbering_gap(files)
@@ -94,12 +100,12 @@ def read_images(path: Path, first: int = 0, count: int | None = None, fps: Fract
     others = sorted(file.name for file in path.iterdir() if file.name[0] != "." and file not in files)
     if others:
         notes += (f"{len(others)} other files left out ({', '.join(others[:3])})",)
-    times = np.arange(first, first + len(frames)) / float(rate)
+    times = (first + every * np.arange(len(frames))) / float(rate)
     return Video(path, _stack(frames, shape), times, first, len(files), rate, False, False, notes)
 
 
-def read_video(path: Path, first: int = 0, count: int | None = None) -> Video:
-    """Decode the whole file and keep `count` frames (default: all) from index `first`.
+def read_video(path: Path, first: int = 0, count: int | None = None, every: int = 1) -> Video:
+    """Decode the whole file and keep `count` frames (default: all) from index `first` in steps of `every`.
 
     Frame counts and rates come from decoding, never from the header; rotation is applied. Colours
     follow FFmpeg's rule (BT.601 if untagged), so frames equal those that FFmpeg and OpenCV extract.
@@ -115,7 +121,7 @@ def read_video(path: Path, first: int = 0, count: int | None = None) -> Video:
             stream = container.streams.best("video")
             if stream is None:
                 raise UserError(f"{path}: has no video in it, expected {FORMATS}. {_CURE}")
-            return _decode(path, container, stream, first, count)
+            return _decode(path, container, stream, first, count, every)
     except av.FFmpegError as error:
         raise UserError(
             f"{path}: unreadable, truncated or damaged ({error.strerror}), expected {FORMATS}. {_CURE}"
@@ -155,7 +161,7 @@ class _Tally:
 
 
 def _decode(
-    path: Path, container: InputContainer, stream: VideoStream, first: int, count: int | None
+    path: Path, container: InputContainer, stream: VideoStream, first: int, count: int | None, every: int
 ) -> Video:
     frames: list[np.ndarray] = []
     times: list[float] = []
@@ -165,19 +171,20 @@ def _decode(
     begin = (container.start_time or 0) / av.time_base
     decoded = _decoded_frames(path, container, stream, tally)
     for index, frame in enumerate(stepping(decoded, f"reading {path.name}", total=stream.frames or None)):
-        if shape is None or _wanted(index, first, count):
+        wanted = _wanted(index, first, count, every)
+        if shape is None or wanted:
             image = _upright_rgb(frame, notes)
             shape = shape or image.shape
             if image.shape != shape:
                 raise UserError(
                     f"{path}: frame {index} is {_size(image.shape)}, those before it {_size(shape)}. {_CURE}"
                 )
-            if _wanted(index, first, count):
+            if wanted:
                 frames.append(image)
         times.append(round(frame.time - begin, 6) + 0.0)
     _check_complete(path, stream, times, tally)
     fps, variable = frame_rate(np.array(times), stream)
-    kept = np.array(times[first : first + len(frames)], dtype=np.float64)
+    kept = np.array(times[first::every][: len(frames)], dtype=np.float64)
     _describe_stream(container, stream, notes)
     has_audio = bool(container.streams.audio)
     return Video(
@@ -280,8 +287,9 @@ def nice_rate(fps: float) -> Fraction:
     return Fraction(fps).limit_denominator(1000)
 
 
-def _wanted(index: int, first: int, count: int | None) -> bool:
-    return index >= first and (count is None or index < first + count)
+def _wanted(index: int, first: int, count: int | None, every: int) -> bool:
+    steps, rest = divmod(index - first, every)
+    return steps >= 0 and rest == 0 and (count is None or steps < count)
 
 
 def _stack(frames: list[np.ndarray], shape: tuple[int, ...] | None) -> np.ndarray:

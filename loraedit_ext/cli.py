@@ -14,7 +14,7 @@ OVERRIDES_HELP = "override any key of the TOML, e.g. optimizer.lr=2e-4 stage.0.s
 
 
 def parser(description: str, config_required: bool = True) -> argparse.ArgumentParser:
-    """Flags that every verb has; knobs live in the TOML."""
+    """Flags that every verb has; knobs live in the TOML. Parse intermixed: overrides stand anywhere among the flags."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument(
         "--config", type=Path, required=config_required, metavar="TOML", help="the run's TOML (see examples/)"

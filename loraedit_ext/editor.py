@@ -116,7 +116,8 @@ def check_lora(adapter: lora.LoraFile, model: I2VModel, job: EditJob, rule: mask
         notes.append(f"trigger: LoRA `{facts.get('trigger')}`, job `{job.trigger}`")
     if facts.get("mask_rule") != rule:
         notes.append(f"mask_rule: LoRA `{facts.get('mask_rule')}`, run `{rule}`")
-    for key in ("size", "frames", "start"):
+    trained = {"every": 1, **trained}
+    for key in ("size", "frames", "start", "every"):
         if trained.get(key) != now[key]:
             notes.append(f"{key}: LoRA {trained.get(key)}, job {now[key]}")
     for key in ("source", "mask"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from dataset.cache import LatentCache
 from dataset.job import EditJob, load_job
 from dataset.resize import Grid
 from dataset.triple import EncodedTriple, Triple
-from loraedit_ext import lora, plan
+from loraedit_ext import lora, plan, regimes
 from loraedit_ext import run as runs
 from loraedit_ext.config import Family, RunConfig, StageSettings
 from loraedit_ext.doctor import ram
@@ -50,9 +50,10 @@ def build_model(config: RunConfig, device: torch.device) -> I2VModel:
 
 
 def open_job(config: RunConfig, model: I2VModel) -> EditJob:
-    """The edit job, fitted to the model's grid."""
+    """The edit job, fitted to the model's grid; its choices tell what the mask leaves out of the edited pictures."""
     geometry = model.geometry
-    return load_job(config.dataset, Grid(geometry.temporal_stride, geometry.size_step, MAX_AREA))
+    job = load_job(config.dataset, Grid(geometry.temporal_stride, geometry.size_step, MAX_AREA))
+    return replace(job, choices=(*job.choices, *regimes.left_out(job)))
 
 
 def cache_of(config: RunConfig) -> LatentCache:
@@ -161,7 +162,7 @@ def edit(config: RunConfig, lora_path: Path | None, out: Path | None) -> Path:
     streamed_blocks(model.build_transformer().layers(), config.blocks_to_swap)
     job = open_job(config, model)
     adapter = lora.read(lora_path or runs.newest_lora(config.output_dir), model)
-    for note in check_lora(adapter, model, job, config.mask_rule):
+    for note in (*regimes.left_out(job), *check_lora(adapter, model, job, config.mask_rule)):
         print(f"note      {note}", flush=True)
     stacked = [(lora.read(extra.path, model), extra.strength) for extra in config.edit.lora]
     for extra, _ in stacked:

@@ -26,15 +26,16 @@ TOKEN = 2
 """Latent cells along each side of a token."""
 
 
-def from_grey(grey: Tensor, where: str) -> Tensor:
+def from_grey(grey: Tensor, where: str, whole: bool = False) -> Tensor:
     """Turn a grey mask video into a preserve mask.
 
     Args:
         grey: uint8 (F, H, W), white = edit.
         where: the file or folder, for messages.
+        whole: whether everything may be edited in all frames.
 
     Raises:
-        UserError: nothing or everything is to be edited in all frames.
+        UserError: nothing, or everything without `whole`, is to be edited in all frames.
     """
     preserve = grey < THRESHOLD
     if preserve.all():
@@ -42,10 +43,12 @@ def from_grey(grey: Tensor, where: str) -> Tensor:
             f"{where}: the mask is all black (brightest value {int(grey.max())}), so nothing would be edited. "
             f"Paint the region to edit white (>= {THRESHOLD})."
         )
-    if not preserve.any():
+    if not whole and not preserve.any():
         raise UserError(
             f"{where}: the mask is all white (darkest value {int(grey.min())}), so nothing would be preserved. "
-            f"Paint the background black (< {THRESHOLD}); for a whole-frame edit train the naive regime."
+            f"Paint the background black (< {THRESHOLD}). For a whole-frame edit (style, light) nothing needs to be preserved: "
+            'train the regime naive alone, [[stage]] mix = { naive = 1 }, and edit with edit.condition = "first_frame" and '
+            "edit.composite = false, as there is nothing to put back."
         )
     return preserve
 

@@ -32,6 +32,9 @@ OPTIMIZER_BYTES = 16
 HEADROOM = 0.92
 """Share of a device's memory that a run may be predicted to need: the rest is the CUDA context's and the allocator's."""
 
+FASTER = 1.5
+"""Times the rate that a model was trained at, beyond which a clip's motion is plainly slower than what it knows."""
+
 
 def stages(config: RunConfig, job: EditJob) -> list[StageSettings]:
     """The configured stages, or the paper's: 100 steps of motion, then 100 with appearance if later frames were edited.
@@ -219,6 +222,20 @@ def _host_advice(config: RunConfig, memory: Memory, available: float) -> str:
             f"{available / GB:.1f} GB are available: {', or '.join(cures)}")
 
 
+def clip_notes(job: EditJob, model: I2VModel) -> Iterator[str]:
+    """In what the clip is unlike what the model was trained on, and what to change."""
+    rate, count = float(job.fps), len(job.frames)
+    if rate > FASTER * model.trained_fps:
+        every = round(rate * job.every / model.trained_fps)
+        slower = rate * job.every / every
+        yield (f"{model.family} was trained on {model.trained_fps} frames a second; at {rate:.4g} the {count} frames are "
+               f"{count / rate:.1f} s, of motion that looks slow to it: every = {every} in the job makes it {slower:.4g} and "
+               f"the same frames {count / slower:.1f} s")  # fmt: skip
+    if count > model.trained_frames:
+        yield (f"{count} frames are beyond the {model.trained_frames} that {model.family} was trained on: what is made may "
+               "repeat itself or fall apart; take fewer, or cover the same time with a larger `every`")  # fmt: skip
+
+
 def describe(
     config: RunConfig, job: EditJob, model: I2VModel, chosen: Sequence[StageSettings],
     samples: Mapping[regimes.Regime, Sequence[Triple]], cached: int, transformer: nn.Module, replicas: int,
@@ -243,6 +260,7 @@ def describe(
         + ", ".join(f"{k} {v}" for k, v in model.describe().items() if k != "family"),
         f"layout    {model.checkpoint.describe_layout()}",
         *(f"job       {choice}" for choice in job.choices),
+        *(f"note      {note}" for note in clip_notes(job, model)),
         *(f"samples   {regime}: {', '.join(group)}" for regime, group in names.items()),
         f"latents   {tokens} tokens in the largest sample; cache: {cached} of {total} samples are there",
         *(f"stage     {stage.name}: {stage.steps} steps, {per_step} sample(s) a step, mix "

@@ -27,6 +27,7 @@ from common.errors import UserError
 from dataset.job import EditedFrame, EditJob
 from dataset.triple import Triple
 from loraedit_ext import masks
+from loraedit_ext.prepare.difference import changed
 
 Regime = Literal["naive", "motion", "appearance"]
 REGIMES: tuple[Regime, ...] = get_args(Regime)
@@ -34,6 +35,9 @@ EditCondition = Literal["motion", "first_frame", "all", "none"]
 """What the model is told when it edits: `motion` is the method (figure 2, case 3); `first_frame` the released models'
 own condition (case default), which the naive regime trains with; `all` the whole video (case 2); `none` nothing (case 1).
 """
+
+LITTLE = 0.01
+"""Share of what an edited picture changes that may be left out without a word."""
 
 
 def to_unit(pixels: np.ndarray) -> Tensor:
@@ -46,9 +50,13 @@ def to_pixels(video: Tensor) -> np.ndarray:
     return rearrange((video + 1) * 127.5, "c f h w -> f h w c").round().clamp(0, 255).to(torch.uint8).numpy()
 
 
-def preserve_mask(job: EditJob) -> Tensor:
-    """The job's mask, bool (F, H, W): True outside the region to edit, in frame 0 too."""
-    return masks.from_grey(torch.tensor(job.grey_mask), str(job.mask))
+def preserve_mask(job: EditJob, whole: bool = True) -> Tensor:
+    """The job's mask, bool (F, H, W): True outside the region to edit, in frame 0 too.
+
+    Args:
+        whole: whether the region may be the whole of all frames, where nothing is then told to be preserved.
+    """
+    return masks.from_grey(torch.tensor(job.grey_mask), str(job.mask), whole)
 
 
 def prompt(job: EditJob, caption: str) -> str:
@@ -68,7 +76,40 @@ def with_first_edit(job: EditJob) -> np.ndarray:
             f"job {job.name}: no edited first frame, and without one there is nothing to propagate. "
             "Add [[edited_frame]] with frame = 0 and image = \"...\"."
         )
-    return np.concatenate([first.image[None], job.frames[1:]])
+    return np.concatenate([edited_picture(job, first)[None], job.frames[1:]])
+
+
+def edited_picture(job: EditJob, edited: EditedFrame) -> np.ndarray:
+    """What counts of an edited picture, uint8 (H, W, 3): with `keep_outside` the source's pixels outside the frame's mask."""
+    if not job.keep_outside:
+        return edited.image
+    preserve = preserve_mask(job)[edited.index, ..., None].numpy()
+    return np.where(preserve, job.frames[edited.index], edited.image)
+
+
+def left_out(job: EditJob) -> list[str]:
+    """One line for each edited picture of whose changes `keep_outside` leaves out more than a little.
+
+    Raises:
+        UserError: a picture changes something, but its frame's mask is empty, so that all would be left out.
+    """
+    return [line for edited in job.edited_frames if job.keep_outside and (line := _left_out(job, edited))]
+
+
+def _left_out(job: EditJob, edited: EditedFrame) -> str | None:
+    touched = changed(job.frames[edited.index], edited.image)
+    preserve = preserve_mask(job)[edited.index].numpy()
+    share = float((touched & preserve).sum()) / max(1, int(touched.sum()))
+    if touched.any() and preserve.all():
+        raise UserError(
+            f"{edited.path}: changes {touched.mean():.0%} of frame {edited.index}, but {job.mask} marks nothing in that frame, "
+            "so nothing of the picture would be used. Paint the region white in that frame too; if nothing is to change there, "
+            f"give the source's own frame; or set keep_outside = false in job {job.name} to take the picture whole."
+        )
+    if share <= LITTLE:
+        return None
+    return (f"{job.name}: edited frame {edited.index}: {share:.0%} of what {edited.path.name} changes lies outside the mask "
+            "and is left out; keep_outside = false takes the picture whole.")  # fmt: skip
 
 
 def naive(job: EditJob) -> list[Triple]:
@@ -81,7 +122,7 @@ def naive(job: EditJob) -> list[Triple]:
 
 def motion(job: EditJob) -> list[Triple]:
     """Disentangle edit and background (3.3.1): regenerate the region, given the background."""
-    preserve = preserve_mask(job)
+    preserve = preserve_mask(job, whole=False)
     return [
         _over_source(job, "motion", clip, masks.with_first_frame(preserve[clip.start : clip.stop]))
         for clip in job.clips
@@ -90,7 +131,7 @@ def motion(job: EditJob) -> list[Triple]:
 
 def appearance(job: EditJob) -> list[Triple]:
     """How the edit looks later on (3.3.2): one single-frame sample per edited frame behind the first."""
-    preserve = preserve_mask(job)
+    preserve = preserve_mask(job, whole=False)
     return [_of_edited_frame(job, edited, preserve) for edited in job.edited_frames if edited.index > 0]
 
 
@@ -105,7 +146,7 @@ def unedited(job: EditJob, condition: EditCondition = "motion") -> Triple:
 
 
 def _to_generate(job: EditJob, name: str, frames: np.ndarray, condition: EditCondition) -> Triple:
-    preserve = _told(preserve_mask(job), condition)
+    preserve = _told(preserve_mask(job, whole=condition != "motion"), condition)
     video = to_unit(frames)
     return Triple(
         name=name,
@@ -151,7 +192,7 @@ def _of_edited_frame(job: EditJob, edited: EditedFrame, preserve: Tensor) -> Tri
         name=f"appearance@{edited.index}",
         condition=masks.grey_fill(source, mask),
         mask=mask,
-        target=to_unit(edited.image[None]),
+        target=to_unit(edited_picture(job, edited)[None]),
         reference=source[:, 0],
         prompt=prompt(job, edited.caption),
     )

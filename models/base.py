@@ -112,6 +112,10 @@ class I2VModel(ABC):
     """Parts of the names of small weights that stay fp32 whatever the storage dtype."""
     large_linears: ClassVar[str]
     """Regular expression of the blocks' linears, nearly all of the weights: these alone may be stored in 8 bits."""
+    trained_fps: ClassVar[int]
+    """Frames per second of the videos that the released weights were trained on."""
+    trained_frames: ClassVar[int]
+    """Frames of the longest of them."""
     geometry: Geometry
 
     def __init__(

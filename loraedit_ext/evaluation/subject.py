@@ -16,7 +16,7 @@ from dataset import images
 from dataset.job import EditJob, grey_levels, load_job
 from dataset.resize import Grid
 from dataset.video import hash_media, read_media
-from loraedit_ext import masks, results
+from loraedit_ext import masks, regimes, results
 from loraedit_ext import run as runs
 from loraedit_ext.config import RunConfig
 
@@ -74,7 +74,8 @@ def from_edit(config: RunConfig, folder: Path) -> Subject:
     """
     record = _read_record(folder / results.RECORD)
     made = record["job"]
-    job = load_job(config.dataset, Grid(), {key: made[key] for key in ("size", "frames", "start")})
+    then = {"every": 1, "keep_outside": False, **made}  # as before there were these keys
+    job = load_job(config.dataset, Grid(), {key: then[key] for key in ("size", "frames", "start", "every", "keep_outside")})
     _check_unchanged(job, made["hashes"], folder)
     if job.first_edit is None:
         raise UserError(f"{config.dataset}: has no edited frame 0, which this edit was made from. Put it back.")
@@ -89,7 +90,7 @@ def from_edit(config: RunConfig, folder: Path) -> Subject:
         files["generated"], hashes["generated"] = generated, hash_media(generated)
     return Subject(
         name=job.name, source=job.frames, edited=_frames(edited, job.frames.shape),
-        preserve=masks.from_grey(torch.tensor(job.grey_mask), str(job.mask)).numpy(), reference=job.first_edit.image,
+        preserve=regimes.preserve_mask(job).numpy(), reference=regimes.edited_picture(job, job.first_edit),
         generated=_frames(generated, job.frames.shape) if generated.is_file() else None, truth=None, fps=job.fps,
         files={role: str(path) for role, path in files.items()}, hashes=hashes,
         run=_run_of(folder, Path(record["lora"]["path"])), record=record,
@@ -165,7 +166,7 @@ def from_files(files: Files) -> Subject:
     grey = grey_levels(files.mask, videos["mask"])
     return Subject(
         name=files.edited.stem, source=videos["source"], edited=videos["edited"],
-        preserve=masks.from_grey(torch.tensor(grey), str(files.mask)).numpy(), reference=videos["reference"][0],
+        preserve=masks.from_grey(torch.tensor(grey), str(files.mask), whole=True).numpy(), reference=videos["reference"][0],
         generated=videos.get("generated"), truth=videos.get("truth"), fps=fps,
         files={role: str(path) for role, path in files.named().items()},
         hashes={role: hash_media(path) for role, path in files.named().items()}, notes=tuple(notes),

@@ -39,6 +39,7 @@ class HunyuanI2V(I2VModel):
     condition_names = ("known", "mask", "text", "text_length", "pooled")
     kept_in_fp32 = ("norm",)
     large_linears = lora_targets
+    trained_fps, trained_frames = 24, 129
     geometry = Geometry()
     checkpoint: HunyuanCheckpoint
 

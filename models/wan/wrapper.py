@@ -28,6 +28,7 @@ class WanI2V(I2VModel):
     condition_names = ("y", "text", "image")
     kept_in_fp32 = ("norm", "modulation")
     large_linears = r"blocks\.\d+\.(self_attn\.[qkvo]|cross_attn\.([qkvo]|k_img|v_img)|ffn\.[02])"
+    trained_fps, trained_frames = 16, 81
     geometry = Geometry()
     checkpoint: WanCheckpoint
 

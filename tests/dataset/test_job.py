@@ -16,7 +16,8 @@ from common.errors import UserError, UserErrors
 from dataset.job import EditJob, load_job, split_clips
 from dataset.resize import Grid
 from dataset.schema import EditedFrameSettings, JobSettings
-from dataset.video_writer import write_lossless
+from dataset.video import read_video
+from dataset.video_writer import write_lossless, write_mp4
 
 GRID = Grid()
 FRAMES = picture_frames(17)
@@ -173,6 +174,77 @@ def test_audio_span_of_the_used_frames(folder):
     assert job.audio.seconds == pytest.approx(9 / 8)
 
 
+# every Nth frame
+
+
+@pytest.fixture
+def long(folder: Path) -> Path:
+    """The job at 60 frames a second, 50 frames with audio, and a mask that moves."""
+    encode(folder / "source.mp4", picture_frames(50), rate=60, audio=True)
+    masks = np.zeros((50, 48, 64), np.uint8)
+    masks[np.arange(50), :, np.arange(50)] = 255
+    write_folder(folder / "moving", masks)
+    return folder
+
+
+STRIDED = BASE.replace("source.mkv", "source.mp4").replace('"masks"', '"moving"') + "start = 2\nevery = 4\n"
+
+
+def test_every_nth_frame_with_its_mask_rate_and_audio(long):
+    job, whole = load(long, STRIDED), load(long, STRIDED, start=0, every=1, frames=49)
+    picked = np.arange(2, 50, 4)[:9]
+    assert (job.frames == whole.frames[picked]).all()
+    assert (job.grey_mask.argmax(2) == picked[:, None]).all()
+    assert (job.fps, job.variable_rate) == (15, False)
+    np.testing.assert_allclose(job.times, picked / 60, atol=1e-3)
+    assert job.audio.start == pytest.approx(2 / 60, abs=1e-3)
+    assert job.audio.seconds == pytest.approx(9 / 15, abs=1e-3)
+    told = "\n".join(job.choices)
+    assert "60 fps, audio; `every` = 4 makes it 15 fps" in told
+    assert "uses 9 frames (2 to 34 in steps of `every` = 4), the most of the form 4n+1 there are; 41 of 50 unused" in told
+    write_mp4(long / "result.mp4", job.frames, job.fps, audio_from=job.audio.path, audio_start=job.audio.start,
+              audio_seconds=job.audio.seconds)
+    result = read_video(long / "result.mp4")
+    assert (result.fps, result.total, result.has_audio) == (15, 9, True)
+    np.testing.assert_allclose(result.times, job.times - job.times[0], atol=1e-3)
+
+
+def test_every_nth_frame_of_folders_and_variable_rates(long):
+    write_folder(long / "frames", picture_frames(50))
+    job = load(long, STRIDED, source="frames", fps=30)
+    assert job.fps == Fraction(15, 2)
+    assert (job.frames == picture_frames(50)[2:35:4]).all()
+    np.testing.assert_allclose(job.times, np.arange(2, 35, 4) / 30)
+    ticks = np.cumsum(np.arange(50) % 2 * 20 + 10)
+    encode(long / "source.mp4", picture_frames(50), ticks=ticks.tolist())
+    job = load(long, STRIDED, every=3)
+    assert job.variable_rate
+    np.testing.assert_allclose(job.times, (ticks - ticks[0])[2:50:3][: len(job.times)] / 1000, atol=2e-3)
+
+
+def test_masks_of_the_strided_clip_are_taken_as_they_are(long):
+    write_folder(long / "nine", box_masks(9) | np.arange(9, dtype=np.uint8)[:, None, None])
+    job = load(long, STRIDED, mask="nine")
+    assert job.grey_mask[:, 0, 0].tolist() == list(range(9))
+    assert any("nine: 9 masks, one for each used frame" in choice for choice in job.choices)
+    assert "has 9 masks, expected 50" in error_of(long, STRIDED, mask="nine", every=1)
+    assert "has 9 masks, expected 50, one for each frame of source.mp4, or 5, one for each used" in error_of(
+        long, STRIDED, mask="nine", frames=5)
+
+
+def test_edited_frames_count_the_used_frames_and_time_is_the_sources(long):
+    edit = '[[edited_frame]]\nimage = "edit8.png"\n'
+    job = load(long, STRIDED + edit + "frame = 3\n" + edit.replace("8", "0") + "time = 0.43\n")
+    assert [(frame.index, frame.path.name) for frame in job.edited_frames] == [(3, "edit8.png"), (6, "edit0.png")]
+    assert "0.43 s is frame 6 (frame 26 of the source), shown at 0.4333 s" in "\n".join(job.choices)
+    assert "for frame 14, but the clip has frames 0 to 8 (counted from `start` in steps of `every`" in error_of(
+        long, STRIDED + edit + "frame = 14\n")
+
+
+def test_a_strided_clip_may_be_too_short(long):
+    assert "50 frames, 3 from `start` = 2 on in steps of `every` = 20; expected at least 5" in error_of(long, STRIDED, every=20)
+
+
 def test_captions_from_files(folder):
     (folder / "words.txt").write_text("  a street\n at night \n", encoding="utf-8")
     job = load(folder, 'source = "source.mkv"\nmask = "masks"\ncaption_file = "words.txt"')
@@ -193,7 +265,7 @@ def test_identity_is_json_and_free_of_names(folder):
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"start": 1}, {"frames": 13}, {"size": [32, 32]}, {"caption": "x"}, {"trigger": "y,"},
+        {"start": 1}, {"every": 2}, {"frames": 13}, {"size": [32, 32]}, {"caption": "x"}, {"trigger": "y,"},
         {"clip_frames": 9},
     ],
 )
@@ -211,6 +283,9 @@ def test_identity_follows_bytes_under_the_same_names(folder):
     write_picture(folder / "masks" / "00016.png", box_masks(1)[0] ^ 255)
     masked = load(folder).identity()
     assert masked["clip"] != edited["clip"]
+    whole = load(folder, keep_outside=False).identity()
+    assert whole["clip"] == masked["clip"]
+    assert whole["edited_frames"] != masked["edited_frames"]
     write_lossless(folder / "source.mkv", FRAMES[::-1].copy(), 8)
     assert load(folder).identity()["clip"]["frames"] != masked["clip"]["frames"]
 

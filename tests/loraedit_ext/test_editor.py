@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from dataset.images import read_image
+from dataset.images import read_image, write_png
 from dataset.video import read_video
 from loraedit_ext import launch, pictures, sampling
 from loraedit_ext.config import load_config
@@ -36,13 +36,18 @@ def frames_of(out):
     return np.stack([read_image(path) for path in sorted((out / "edited").glob("*.png"))])
 
 
-def test_preserved_pixels_are_the_sources_and_frame_0_is_the_edit(trained):
+def test_preserved_pixels_are_the_sources_and_frame_0_is_the_edit(trained, capsys):
+    """Also where the edited picture changes them, as image models do."""
+    edited = read_image(trained.path / "edited_0.png") + np.uint8(2)
+    edited[-8:, -8:] = 255
+    write_png(trained.path / "edited_0.png", edited)
     out = frames_of(edit(trained))
     source = np.stack([read_image(p) for p in sorted((trained.path / "source").glob("*.png"))])
     mask = np.stack([read_image(p)[..., 0] for p in sorted((trained.path / "mask").glob("*.png"))])
-    assert (out[0] == read_image(trained.path / "edited_0.png")).all()
-    assert (out[1:][mask[1:] == 0] == source[1:][mask[1:] == 0]).all()
+    assert (out[0][mask[0] > 0] == edited[mask[0] > 0]).all()
+    assert (out[mask == 0] == source[mask == 0]).all()
     assert (out[1:][mask[1:] > 0] != source[1:][mask[1:] > 0]).any()
+    assert "% of what edited_0.png changes lies outside the mask" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("condition", ["first_frame", "all", "none"])
@@ -55,6 +60,24 @@ def test_whatever_the_model_is_told_compositing_follows_the_jobs_mask(trained, c
     assert (out[0] == read_image(trained.path / "edited_0.png")).all()
     assert (out[1:][mask[1:] == 0] == source[1:][mask[1:] == 0]).all()
     assert (out[1:][mask[1:] > 0] == told[1:][mask[1:] > 0]).all()
+
+
+def test_a_whole_frame_edit_trains_and_edits_without_a_mask(edit_folder):
+    """A style or the light: all is white, the naive regime and its condition preserve nothing behind frame 0."""
+    for path in (edit_folder.path / "mask").glob("*.png"):
+        write_png(path, np.full((64, 64), 255, np.uint8))
+    for index in (0, 6):
+        path = edit_folder.path / f"edited_{index}.png"
+        write_png(path, 255 - read_image(path))
+    with pytest.raises(UserError, match=r"all white.*mix = \{ naive = 1 \}.*edit\.condition"):
+        launch.train(load_config(edit_folder.config), dry_run=True)
+    launch.train(load_config(edit_folder.config, ["stage=[{name='naive', steps=2, mix={naive=1}}]"]))
+    with pytest.raises(UserError, match=r"edit\.condition = \"first_frame\""):
+        edit(edit_folder)
+    out = frames_of(edit(edit_folder, "edit.condition=first_frame"))
+    raw = frames_of(edit(edit_folder, "edit.condition=first_frame", "edit.composite=false"))
+    assert (out[1:] == raw[1:]).all()
+    assert (out[0] == read_image(edit_folder.path / "edited_0.png")).all()
 
 
 def test_the_seam_blends_towards_the_source_and_not_towards_the_grey_condition(trained):

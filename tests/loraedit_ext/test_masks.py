@@ -51,6 +51,17 @@ def test_a_mask_without_contrast_is_refused_by_name(value, word):
         masks.from_grey(torch.full((5, 8, 8), value, dtype=torch.uint8), "clip/masks")
 
 
+def test_a_wholly_white_mask_is_taken_where_nothing_needs_to_be_preserved_and_else_the_cure_is_told():
+    white = torch.full((5, 8, 8), 255, dtype=torch.uint8)
+    assert not masks.from_grey(white, "mask", whole=True).any()
+    with pytest.raises(UserError) as error:
+        masks.from_grey(white, "mask")
+    for cure in ("regime naive", "mix = { naive = 1 }", 'edit.condition = "first_frame"', "edit.composite = false"):
+        assert cure in str(error.value)
+    with pytest.raises(UserError, match="all black"):
+        masks.from_grey(255 - white, "mask", whole=True)
+
+
 def test_one_edit_pixel_opens_its_cell_in_its_frame_and_channel_only():
     preserve = torch.ones(9, 16, 24, dtype=torch.bool)
     preserve[6, 9, 17] = False

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from common.errors import UserError
+from dataset.images import read_image, write_png
 from dataset.job import load_job
 from dataset.resize import Grid
 from loraedit_ext import masks, regimes
@@ -99,6 +101,52 @@ def test_a_job_without_edited_first_frame_cannot_be_edited(edit_folder):
     edit_folder.job.write_text(text.replace('[[edited_frame]]\nimage = "edited_0.png"\nframe = 0\n', ""))
     with pytest.raises(UserError, match="no edited first frame"):
         regimes.edit(load_job(edit_folder.job, Grid()))
+
+
+def rendered_again(edit_folder, text="", patch=8):
+    """The job with pictures as an image model returns them: a little off everywhere, and a corner changed outright."""
+    for index in (0, 6):
+        path = edit_folder.path / f"edited_{index}.png"
+        picture = read_image(path) + np.uint8(3)
+        picture[-patch:, -patch:] = 255
+        write_png(path, picture)
+    edit_folder.job.write_text(text + edit_folder.job.read_text())
+    return load_job(edit_folder.job, Grid())
+
+
+def test_outside_the_mask_an_edited_picture_does_not_count(edit_folder, video, preserve):
+    job = rendered_again(edit_folder)
+    (triple,) = regimes.appearance(job)
+    edit = regimes.edit(job)
+    for picture, index in ((edit.condition[:, 0], 0), (edit.reference, 0), (triple.target[:, 0], 6)):
+        whole = regimes.to_unit(read_image(edit_folder.path / f"edited_{index}.png")[None])[:, 0]
+        assert torch.equal(picture[:, preserve[index]], video[:, index][:, preserve[index]])
+        assert torch.equal(picture[:, ~preserve[index]], whole[:, ~preserve[index]])
+
+
+def test_the_whole_edited_picture_counts_where_the_job_says_so(edit_folder):
+    job = rendered_again(edit_folder, "keep_outside = false\n")
+    (triple,) = regimes.appearance(job)
+    first, later = (read_image(edit_folder.path / f"edited_{index}.png") for index in (0, 6))
+    assert (regimes.with_first_edit(job)[0] == first).all()
+    assert torch.equal(triple.target, regimes.to_unit(later[None]))
+    assert regimes.left_out(job) == []
+
+
+def test_what_the_mask_leaves_out_of_an_edited_picture_is_told(edit_folder, job):
+    assert regimes.left_out(job) == []
+    first, later = regimes.left_out(rendered_again(edit_folder))
+    assert "edited frame 0: 2" in first  # 8x8 of 8x8 + 16x16 pixels, a little more for smoothing
+    assert "% of what edited_0.png changes lies outside the mask" in first
+    assert "edited frame 6" in later
+
+
+def test_an_edit_is_never_lost_to_an_empty_mask(edit_folder):
+    write_png(edit_folder.path / "mask" / "000.png", np.zeros((64, 64), np.uint8))
+    with pytest.raises(UserError, match=r"edited_0\.png: changes .* frame 0, but .*mask marks nothing .*keep_outside = false"):
+        regimes.left_out(load_job(edit_folder.job, Grid()))
+    write_png(edit_folder.path / "edited_0.png", read_image(edit_folder.path / "source" / "000.png"))
+    assert regimes.left_out(load_job(edit_folder.job, Grid())) == []
 
 
 def test_pixels_survive_the_way_to_unit_and_back(job):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
@@ -225,6 +227,30 @@ def test_the_papers_stages_are_the_default(edit_folder):
     text = edit_folder.job.read_text()
     edit_folder.job.write_text(text[: text.index('[[edited_frame]]\nimage = "edited_6')])
     assert [s.name for s in plan.stages(config, load_job(edit_folder.job, Grid()))] == ["motion"]
+
+
+def test_a_clip_unlike_what_the_model_was_trained_on_is_told(edit_folder, open_model, capsys):
+    from dataset.job import load_job
+    from dataset.resize import Grid
+
+    job, wan = load_job(edit_folder.job, Grid()), open_model("wan")
+
+    def notes(rate, frames, every=1, model=wan):
+        clip = job.frames[:1].repeat(frames, 0)
+        return list(plan.clip_notes(replace(job, fps=Fraction(rate), frames=clip, every=every), model))
+
+    assert notes(24, 81) == []
+    (fast,) = notes(60, 49)
+    assert "wan was trained on 16 frames a second; at 60 the 49 frames are 0.8 s" in fast
+    assert "every = 4 in the job makes it 15 and the same frames 3.3 s" in fast
+    (half,) = notes(30, 49, every=2)
+    assert "every = 4 in the job makes it 15" in half
+    (long,) = notes(16, 85)
+    assert "85 frames are beyond the 81 that wan was trained on" in long
+    assert notes(30, 85, model=open_model("token_replace")) == []
+    edit_folder.job.write_text("fps = 50\n" + edit_folder.job.read_text())
+    launch.train(load_config(edit_folder.config), dry_run=True)
+    assert "every = 3 in the job" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["truncated", "removed"])

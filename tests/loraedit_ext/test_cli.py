@@ -1,0 +1,53 @@
+"""The command line: overrides stand anywhere among the flags."""
+
+from __future__ import annotations
+
+import pytest
+
+import evaluate
+import inference
+import train
+from loraedit_ext import launch
+from loraedit_ext.evaluation import run
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """The configurations that verbs hand on; nothing is run."""
+    found = []
+    for module, name in ((launch, "train"), (launch, "edit"), (run, "evaluate_edit")):
+        monkeypatch.setattr(module, name, lambda config, *_: found.append(config))
+    return found
+
+
+@pytest.mark.parametrize(("verb", "flags"), [
+    (train, ["--dry_run"]), (train, ["--local_rank=1", "--cache_only"]), (inference, ["--lora", "x"]),
+    (evaluate, ["--edit", "x"]),
+])
+def test_overrides_stand_on_both_sides_of_a_flag(edit_folder, told, verb, flags):
+    config = ["--config", str(edit_folder.config)]
+    for arguments in (["seed=7", *config, "model.stratified=true", *flags, "stage.0.steps=4"],
+                      [*flags, "seed=7", "model.stratified=true", "stage.0.steps=4", *config]):  # fmt: skip
+        assert verb.main(arguments) == 0
+        settings = told.pop()
+        assert (settings.seed, settings.model.stratified, settings.stage[0].steps) == (7, True, 4)
+    assert verb.main([*flags, *config]) == 0
+
+
+def test_an_override_behind_the_flag_to_resume_is_no_run(edit_folder, told, monkeypatch):
+    monkeypatch.chdir(edit_folder.path)
+    (edit_folder.path / "lr=2").mkdir()
+    for words, resumed, steps in (
+        ([], True, 3), (["stage.0.steps=4"], True, 4), (["20260101_00-00-00", "stage.0.steps=4"], "20260101_00-00-00", 4),
+        (["lr=2"], "lr=2", 3),
+    ):
+        assert train.main(["--config", "edit.toml", "--resume_from_checkpoint", *words]) == 0
+        settings = told.pop()
+        assert (settings.resume_from_checkpoint, settings.stage[0].steps) == (resumed, steps)
+
+
+def test_what_is_no_flag_is_still_refused(edit_folder, told, capsys):
+    for arguments in (["--dry-run"], ["--dry"], ["seed=7", "--steps", "4"]):
+        with pytest.raises(SystemExit):
+            train.main(["--config", str(edit_folder.config), *arguments])
+        assert "unrecognized arguments" in capsys.readouterr().err
