@@ -162,6 +162,7 @@ def edit(config: RunConfig, lora_path: Path | None, out: Path | None) -> Path:
     for extra, _ in stacked:
         lora.check_model(extra, model)
     print(f"editing   {job.name} with {adapter.path}, strength {config.edit.lora_strength:g}", flush=True)
+    print(plan.describe_result(job, config.edit), flush=True)
     for extra, strength in stacked:
         print(f"stacked   {extra.path} ({extra.layout} names), strength {strength:g}", flush=True)
     result = Editor(config, model, adapter, device, stacked).edit(job)

@@ -14,7 +14,8 @@ from common.errors import UserError
 from dataset.job import EditJob
 from dataset.triple import Triple
 from loraedit_ext import regimes
-from loraedit_ext.config import OFFLOAD, RunConfig, StageSettings
+from loraedit_ext.config import OFFLOAD, EditSettings, RunConfig, StageSettings
+from loraedit_ext.sampling import result_size
 from models.base import I2VModel
 from models.layers import PipelineLayer
 from models.offload import ON_DEVICE
@@ -234,6 +235,7 @@ def describe(
         + ", ".join(f"{k} {v}" for k, v in model.describe().items() if k != "family"),
         f"layout    {model.checkpoint.describe_layout()}",
         *(f"job       {choice}" for choice in job.choices),
+        describe_result(job, config.edit),
         *(f"samples   {regime}: {', '.join(group)}" for regime, group in names.items()),
         f"latents   {tokens} tokens in the largest sample; cache: {cached} of {total} samples are there",
         *(f"stage     {stage.name}: {stage.steps} steps, {per_step} sample(s) a step, mix "
@@ -250,6 +252,18 @@ def describe(
         *(f"memory    {line}" for line in advice(config, predict, blocks, machine)),
     ]
     return "\n".join(lines)
+
+
+def describe_result(job: EditJob, settings: EditSettings) -> str:
+    """The size that the edited video will have."""
+    width, height = result_size(job, settings)
+    if job.size == job.original_size:
+        why = "as the source"
+    elif (width, height) == job.original_size:
+        why = f"as the source: the region is scaled up from {job.size[0]}x{job.size[1]} and laid over the source's own frames"
+    else:
+        why = "the size that the model works at, as " + ("edit.size" if settings.composite else "edit.composite") + " asks"
+    return f"result    {width}x{height}, {why}"
 
 
 def describe_files(run: Path, chosen: Sequence[StageSettings]) -> str:
