@@ -128,10 +128,10 @@ def _run(
 
     trainer = Trainer(
         config, prepared.job, prepared.model, samples, group_names(prepared.triples), prepared.stages, world,
-        runs.to_resume(config), prepared.preview,
+        world.broadcast(runs.to_resume(config)), prepared.preview,
     )  # fmt: skip
     if world.is_main:
-        print(plan.describe_files(trainer.run, prepared.stages), flush=True)
+        print(plan.describe_files(trainer.run, prepared.stages, trainer.step), flush=True)
     trainer.train()
     if world.is_main:
         print(f"done      {trainer.run / f'step{trainer.step}' / lora.EXPORT_NAME}", flush=True)

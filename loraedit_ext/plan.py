@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -266,11 +267,8 @@ def describe_result(job: EditJob, settings: EditSettings) -> str:
     return f"result    {width}x{height}, {why}"
 
 
-def describe_files(run: Path, chosen: Sequence[StageSettings]) -> str:
-    """Files that the run will leave behind."""
-    ends, step = [], 0
-    for stage in chosen:
-        step += stage.steps
-        ends.append(step)
-    steps = ", ".join(f"step{end}/ and global_step{end}/" for end in ends)
+def describe_files(run: Path, chosen: Sequence[StageSettings], done: int = 0) -> str:
+    """Files that the run will write from step `done` on."""
+    ends = accumulate(stage.steps for stage in chosen)
+    steps = ", ".join(f"step{end}/ and global_step{end}/" for end in ends if end > done)
     return f"writes    {run}: {steps}, latest, config.json, metrics.jsonl, tensorboard events"
