@@ -91,6 +91,11 @@ class EditJob:
         return self.frames.shape[2], self.frames.shape[1]
 
     @property
+    def fit(self) -> Fit:
+        """How the source was cut and scaled to the working size."""
+        return Fit(self.original_size, self.crop[:2], self.crop[2:], self.size)
+
+    @property
     def first_edit(self) -> EditedFrame | None:
         """The edited frame 0, which inference needs; a job without it can train on motion."""
         return next((frame for frame in self.edited_frames if frame.index == 0), None)

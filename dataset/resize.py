@@ -95,7 +95,11 @@ class Fit:
 
     def image(self, image: np.ndarray) -> np.ndarray:
         """uint8 (H, W, 3) at source size -> working size: area average down, cubic up."""
-        return np.ascontiguousarray(_scale(self._cut(image), self.size))
+        return np.ascontiguousarray(_scale(self.cut(image), self.size))
+
+    def enlarged(self, image: np.ndarray) -> np.ndarray:
+        """uint8 (H, W, 3) at working size -> the size of the crop, by the same filters."""
+        return _scale(image, self.crop)
 
     def frames(self, frames: np.ndarray) -> np.ndarray:
         """uint8 (F, H, W, 3) at source size -> working size."""
@@ -103,13 +107,14 @@ class Fit:
 
     def mask(self, mask: np.ndarray) -> np.ndarray:
         """uint8 (F, H, W) at source size -> working size: the brightest source pixel under each pixel."""
-        cut = self._cut(mask.transpose(1, 2, 0)).transpose(2, 0, 1)
+        cut = self.cut(mask.transpose(1, 2, 0)).transpose(2, 0, 1)
         if self.crop == self.size:
             return np.ascontiguousarray(cut)
         rows = _footprint_max(cut, 1, self.size[1])
         return np.ascontiguousarray(_footprint_max(rows, 2, self.size[0]))
 
-    def _cut(self, image: np.ndarray) -> np.ndarray:
+    def cut(self, image: np.ndarray) -> np.ndarray:
+        """The part of a picture (H, W, ...) at source size that is used, as a view of it."""
         (left, top), (width, height) = self.offset, self.crop
         return image[top : top + height, left : left + width]
 

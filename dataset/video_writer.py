@@ -62,9 +62,7 @@ def write_mp4(
     height, width = frames.shape[1:3]
     notes = []
     if height % 2 or width % 2:
-        frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        even = f"{frames.shape[2]}x{frames.shape[1]}"
-        notes.append(f"{path.name}: padded from {width}x{height} to even {even}.")
+        notes.append(f"{path.name}: padded from {width}x{height} to even {even_size(width)}x{even_size(height)}.")
     seconds = audio_seconds if audio_seconds is not None else _duration(len(frames), rate, times)
     with ExitStack() as stack:
         audio = _open_audio(stack, audio_from, notes) if audio_from else None
@@ -72,7 +70,7 @@ def write_mp4(
         output = stack.enter_context(
             av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"})
         )
-        video = _add_h264(output, frames.shape[2], frames.shape[1], rate, times, crf)
+        video = _add_h264(output, even_size(width), even_size(height), rate, times, crf)
         sound = output.add_stream_from_template(audio) if audio else None
         _encode(output, video, frames, _ticks(len(frames), rate, times), path.name)
         if audio and sound:
@@ -124,6 +122,11 @@ def write_images(folder: Path, frames: np.ndarray | Sequence[np.ndarray]) -> Non
         shutil.rmtree(former, ignore_errors=True)
 
 
+def even_size(side: int) -> int:
+    """Width or height of an mp4 for frames of `side` pixels: yuv420p halves both."""
+    return side + side % 2
+
+
 def _duration(count: int, rate: Fraction, times: Sequence[float] | np.ndarray | None) -> float:
     if times is None or count < 2:
         return float(count / rate)
@@ -154,7 +157,10 @@ def _add_h264(
 def _encode(output: OutputContainer, stream: VideoStream, frames: np.ndarray, ticks: list[int], name: str) -> None:
     shown = stepping(zip(frames, ticks, strict=True), f"writing {name}", total=len(frames))
     for frame, tick in shown:
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(
+        missing = ((0, stream.height - frame.shape[0]), (0, stream.width - frame.shape[1]), (0, 0))
+        picture = av.VideoFrame.from_ndarray(
+            np.ascontiguousarray(np.pad(frame, missing, mode="edge")), format="rgb24",
+        ).reformat(
             format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG,
         )
         picture.pts, picture.time_base = tick, stream.codec_context.time_base

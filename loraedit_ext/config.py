@@ -207,8 +207,11 @@ class EditSettings(Settings):
     composite: bool = True
     """Put the source's own pixels back wherever the mask preserves them."""
     feather: int = Field(8, ge=0)
-    """Width in pixels of the blend inside the edited region, next to preserved pixels."""
+    """Width of the blend inside the edited region, next to preserved pixels, in pixels of the result."""
     output: Literal["mp4", "png"] = "mp4"
+    size: Literal["source", "model"] = "source"
+    """Of the result: the `source`'s own, with the region scaled up to it, or the one that the `model` works at. Without
+    `composite` it is always the model's."""
 
 
 class PreviewSettings(Settings):

@@ -134,10 +134,10 @@ def _run(
 
     trainer = Trainer(
         config, prepared.job, prepared.model, samples, group_names(prepared.triples), prepared.stages, world,
-        runs.to_resume(config), prepared.preview,
+        world.broadcast(runs.to_resume(config)), prepared.preview,
     )  # fmt: skip
     if world.is_main:
-        print(plan.describe_files(trainer.run, prepared.stages), flush=True)
+        print(plan.describe_files(trainer.run, prepared.stages, trainer.step), flush=True)
     trainer.train()
     if world.is_main:
         print(f"done      {trainer.run / f'step{trainer.step}' / lora.EXPORT_NAME}", flush=True)
@@ -168,6 +168,7 @@ def edit(config: RunConfig, lora_path: Path | None, out: Path | None) -> Path:
     for extra, _ in stacked:
         lora.check_model(extra, model)
     print(f"editing   {job.name} with {adapter.path}, strength {config.edit.lora_strength:g}", flush=True)
+    print(plan.describe_result(job, config.edit), flush=True)
     for extra, strength in stacked:
         print(f"stacked   {extra.path} ({extra.layout} names), strength {strength:g}", flush=True)
     result = Editor(config, model, adapter, device, stacked).edit(job)

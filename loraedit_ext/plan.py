@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from common.errors import UserError
 from dataset.job import EditJob
 from dataset.triple import Triple
 from loraedit_ext import regimes
-from loraedit_ext.config import OFFLOAD, RunConfig, StageSettings
+from loraedit_ext.config import OFFLOAD, EditSettings, RunConfig, StageSettings
+from loraedit_ext.sampling import result_size
 from models.base import I2VModel
 from models.layers import PipelineLayer
 from models.offload import ON_DEVICE
@@ -260,6 +262,7 @@ def describe(
         + ", ".join(f"{k} {v}" for k, v in model.describe().items() if k != "family"),
         f"layout    {model.checkpoint.describe_layout()}",
         *(f"job       {choice}" for choice in job.choices),
+        describe_result(job, config.edit),
         *(f"note      {note}" for note in clip_notes(job, model)),
         *(f"samples   {regime}: {', '.join(group)}" for regime, group in names.items()),
         f"latents   {tokens} tokens in the largest sample; cache: {cached} of {total} samples are there",
@@ -279,11 +282,20 @@ def describe(
     return "\n".join(lines)
 
 
-def describe_files(run: Path, chosen: Sequence[StageSettings]) -> str:
-    """Files that the run will leave behind."""
-    ends, step = [], 0
-    for stage in chosen:
-        step += stage.steps
-        ends.append(step)
-    steps = ", ".join(f"step{end}/ and global_step{end}/" for end in ends)
+def describe_result(job: EditJob, settings: EditSettings) -> str:
+    """The size that the edited video will have."""
+    width, height = result_size(job, settings)
+    if job.size == job.original_size:
+        why = "as the source"
+    elif (width, height) == job.original_size:
+        why = f"as the source: the region is scaled up from {job.size[0]}x{job.size[1]} and laid over the source's own frames"
+    else:
+        why = "the size that the model works at, as " + ("edit.size" if settings.composite else "edit.composite") + " asks"
+    return f"result    {width}x{height}, {why}"
+
+
+def describe_files(run: Path, chosen: Sequence[StageSettings], done: int = 0) -> str:
+    """Files that the run will write from step `done` on."""
+    ends = accumulate(stage.steps for stage in chosen)
+    steps = ", ".join(f"step{end}/ and global_step{end}/" for end in ends if end > done)
     return f"writes    {run}: {steps}, latest, config.json, metrics.jsonl, tensorboard events"

@@ -83,8 +83,12 @@ def edited_picture(job: EditJob, edited: EditedFrame) -> np.ndarray:
     """What counts of an edited picture, uint8 (H, W, 3): with `keep_outside` the source's pixels outside the frame's mask."""
     if not job.keep_outside:
         return edited.image
-    preserve = preserve_mask(job)[edited.index, ..., None].numpy()
-    return np.where(preserve, job.frames[edited.index], edited.image)
+    return within(edited.image, job.frames[edited.index], preserve_mask(job)[edited.index].numpy())
+
+
+def within(picture: np.ndarray, source: np.ndarray, preserve: np.ndarray) -> np.ndarray:
+    """An edited picture (H, W, 3) with the source's pixels wherever `preserve` (H, W) is True."""
+    return np.where(preserve[..., None], source, picture)
 
 
 def left_out(job: EditJob) -> list[str]:

@@ -1,7 +1,7 @@
 """What an edit leaves behind: edited.mp4 or PNG frames, comparison.mp4, contact_sheet.png, generated.mkv, and edited.json.
 
 generated.mkv holds what the model made, before compositing and without loss; edited.json all that is needed to make it
-again.
+again. The edited video has the size that [edit] asks for, the other pictures the one that the model works at.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from loraedit_ext.config import RunConfig
 from loraedit_ext.editor import Edit
 from loraedit_ext.lora import LoraFile
 from loraedit_ext.pictures import contact_sheet, overlaid, side_by_side
+from loraedit_ext.sampling import at_source_size, result_size
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "deepspeed")
 EDITED_VIDEO, EDITED_FRAMES, GENERATED, RECORD = "edited.mp4", "edited", "generated.mkv", "edited.json"
@@ -27,22 +28,29 @@ COMPARISON, SHEET = "comparison.mp4", "contact_sheet.png"
 
 
 def write(folder: Path, edit: Edit, job: EditJob, config: RunConfig, adapter: LoraFile) -> list[str]:
-    """Write everything into `folder`, made if need be; one line a file."""
+    """Write everything into `folder`, made if need be; one line a file.
+
+    Raises:
+        UserError: a file cannot be written, or a result of the source's size is asked for and the job's files have changed.
+    """
     lines = []
     times = job.times if job.variable_rate else None
+    write_lossless(folder / GENERATED, edit.generated, job.fps)
+    frames = edit.frames
+    if result_size(job, config.edit) != job.size:
+        frames = at_source_size(job, edit.generated, config.edit)
     if config.edit.output == "png":
-        write_images(folder / EDITED_FRAMES, edit.frames)
+        write_images(folder / EDITED_FRAMES, frames)
         lines.append(str(folder / EDITED_FRAMES))
     else:
         audio = {} if job.audio is None else {
             "audio_from": job.audio.path, "audio_start": job.audio.start, "audio_seconds": job.audio.seconds
         }  # fmt: skip
-        notes = write_mp4(folder / EDITED_VIDEO, edit.frames, job.fps, times=times, **audio)
+        notes = write_mp4(folder / EDITED_VIDEO, frames, job.fps, times=times, **audio)
         lines += [str(folder / EDITED_VIDEO), *notes]
     shown = panels(job, edit)
     write_mp4(folder / COMPARISON, side_by_side(shown), job.fps, times=times)
     write_png(folder / SHEET, contact_sheet(shown))
-    write_lossless(folder / GENERATED, edit.generated, job.fps)
     write_json_atomic(folder / RECORD, record(edit, job, config, adapter))
     return [*lines, *(str(folder / name) for name in (COMPARISON, SHEET, GENERATED, RECORD))]
 
@@ -58,6 +66,7 @@ def record(edit: Edit, job: EditJob, config: RunConfig, adapter: LoraFile) -> di
         "command": [sys.executable.rsplit("/", 1)[-1], *sys.argv],
         "config": config.model_dump(mode="json"),
         "job": job.fields(),
+        "size": list(result_size(job, config.edit)),
         "lora": {"path": str(adapter.path), "sha256": hash_file(adapter.path), "metadata": adapter.metadata},
         "facts": edit.facts,
         "versions": {name: version(name) for name in LIBRARIES},

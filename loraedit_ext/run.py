@@ -14,7 +14,7 @@ from common.files import make_folder, write_json_atomic
 from loraedit_ext import lora, state
 from loraedit_ext.config import RunConfig, parse_value
 
-CONFIG_COPY = "config.json"
+CONFIG_COPY, RESUMED_FROM = "config.json", "resumed_from"
 
 
 def create(output_dir: Path) -> Path:
@@ -46,9 +46,22 @@ def to_resume(config: RunConfig) -> Path | None:
     return folder if (folder / "state.json").is_file() else state.find(folder)
 
 
-def write_config(folder: Path, config: RunConfig, job_fields: dict) -> None:
-    """The resolved configuration and what became of the job; holds no secret, because none is accepted."""
-    write_json_atomic(folder / CONFIG_COPY, {"config": config.model_dump(mode="json"), "job": job_fields})
+def write_config(folder: Path, config: RunConfig, job_fields: dict, resumed_from: Path | None = None) -> None:
+    """The resolved configuration and what became of the job; holds no secret, because none is accepted.
+
+    Args:
+        resumed_from: state of another run that this one begins with; a run keeps the one that it has.
+    """
+    before = resumed_from and str(resumed_from.resolve())
+    write_json_atomic(folder / CONFIG_COPY, {
+        "config": config.model_dump(mode="json"), "job": job_fields,
+        RESUMED_FROM: before or _config_copy(folder).get(RESUMED_FROM),
+    })
+
+
+def _config_copy(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_COPY
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def overrides_of(folder: Path, config: RunConfig) -> list[str]:
@@ -58,13 +71,13 @@ def overrides_of(folder: Path, config: RunConfig) -> list[str]:
         folder: of the run; one without a copy of its configuration has no differences.
         config: what the TOML alone says.
     """
-    path = folder / CONFIG_COPY
-    if not path.is_file():
+    saved = _config_copy(folder)
+    if not saved:
         return []
-    wanted = json.loads(path.read_text(encoding="utf-8"))["config"]
     there = config.model_dump(mode="json")
-    # Where it was interrupted does not matter: a resumed run equals the whole one.
-    return _differences(wanted | {"resume_from_checkpoint": there["resume_from_checkpoint"]}, there)
+    # Where it was interrupted does not matter: a resumed run equals the whole one. What another run gave it does.
+    begun = saved.get(RESUMED_FROM) or there["resume_from_checkpoint"]
+    return _differences(saved["config"] | {"resume_from_checkpoint": begun}, there)
 
 
 def _differences(wanted: Mapping[str, Any], there: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from common.progress import progress, stepping
 from dataset.job import EditJob
+from dataset.original import read_original
+from dataset.resize import Size
 from loraedit_ext import flow, guidance, masks, regimes
 from loraedit_ext.config import EditSettings
 from models.base import I2VModel
@@ -62,6 +64,37 @@ def finished(job: EditJob, generated: np.ndarray, settings: EditSettings) -> np.
     return composite(regimes.with_first_edit(job), generated, preserve, settings.feather)
 
 
+def result_size(job: EditJob, settings: EditSettings) -> Size:
+    """(width, height) of the result: without compositing nothing of the source is in it, and it stays as the model made it."""
+    return job.original_size if settings.size == "source" and settings.composite else job.size
+
+
+def at_source_size(job: EditJob, generated: np.ndarray, settings: EditSettings) -> np.ndarray:
+    """The edit at the source's own size: the generated region scaled up, over the source's own frames.
+
+    Args:
+        generated: uint8 (F, h, w, 3) at the working size, before compositing.
+
+    Returns:
+        uint8 (F, H, W, 3). Frame 0 is the edited picture where that was given at this size.
+
+    Raises:
+        UserError: the job's files have changed since it was read.
+    """
+    original = read_original(job)
+    preserve = masks.from_grey(torch.tensor(original.grey_mask), str(job.mask), whole=True).numpy()
+    preserve[0] &= original.first_edit_is_enlarged or job.keep_outside
+    for index, frame in enumerate(stepping(original.frames, "compositing")):
+        # A picture of the source's own size counts as the model was told of it, to the edge of the mask.
+        made, feather = original.first_edit, settings.feather if original.first_edit_is_enlarged else 0
+        if index:
+            feather = settings.feather
+            made = frame.copy()
+            job.fit.cut(made)[:] = job.fit.enlarged(generated[index])
+        frame[:] = blended(frame, made, preserve[index], feather)
+    return original.frames
+
+
 def composite(kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray, feather: int) -> np.ndarray:
     """Put preserved pixels back exactly, with a soft seam inside the edited region.
 
@@ -73,10 +106,15 @@ def composite(kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray, fea
     """
     out = np.empty_like(generated)
     for index, mask in enumerate(stepping(preserve, "compositing")):
-        weight = seam_weight(mask, feather)[..., None]
-        blended = kept[index] * (1 - weight) + generated[index] * weight
-        out[index] = np.where(mask[..., None], kept[index], np.rint(blended).astype(np.uint8))
+        out[index] = blended(kept[index], generated[index], mask, feather)
     return out
+
+
+def blended(kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray, feather: int) -> np.ndarray:
+    """One frame of `composite`: uint8 (H, W, 3)."""
+    weight = seam_weight(preserve, feather)[..., None]
+    mixed = kept * (1 - weight) + generated * weight
+    return np.where(preserve[..., None], kept, np.rint(mixed).astype(np.uint8))
 
 
 def seam_weight(preserve: np.ndarray, feather: int) -> np.ndarray:

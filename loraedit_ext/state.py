@@ -100,6 +100,12 @@ def find(run: Path) -> Path:
     return folder
 
 
+def is_newest(folder: Path) -> bool:
+    """Whether a full state is the one that its run would go on from."""
+    latest = folder.parent / LATEST
+    return latest.is_file() and latest.read_text().strip() == folder.name
+
+
 def load_facts(folder: Path) -> dict[str, Any]:
     """What `state.json` says: step, and the facts of the run."""
     facts = read_config(folder / "state.json")

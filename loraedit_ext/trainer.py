@@ -59,7 +59,7 @@ class Trainer:
         groups: names of the triples of each regime.
         stages: the run's stages.
         world: this process among the others.
-        resume: folder of the full state to continue from.
+        resume: folder of the full state to continue from: in its run's folder, or in a new one if that run has gone on since.
         preview: what to render on the way, its samples among `samples`.
     """
 
@@ -81,8 +81,8 @@ class Trainer:
         self.stages = list(self._place(stages))
         self.total = self.stages[-1].last
         self.step = self._resume(resume) if resume else 0
-        self.run: Path = resume.parent if resume else Path(world.broadcast(self._new_run()))
-        self.trackers = self._open_trackers()
+        self.run = Path(world.broadcast(self._folder(resume)))
+        self.trackers = self._open_trackers(resume)
         self.patience = Patience(config.early_stop_patience, list(self.stages[-1].settings.mix), self.stages[-1].first)
         self.patience.replay(metrics.history(self.run) if world.is_main else [])
         self.previewer = Previewer(preview, model, samples, self.engine.device) if preview else None
@@ -151,20 +151,31 @@ class Trainer:
     def _weights_by_layer(self) -> dict[int, dict[str, torch.nn.Parameter]]:
         return {index: lora.trainable([layer]) for index, layer in self.owned.items()}
 
-    def _new_run(self) -> str:
+    def _folder(self, resume: Path | None) -> str:
+        """Of the run, as the main process decides: what a run made behind the resumed state is not written over."""
         if not self.world.is_main:
             return ""
-        return str(runs.create(self.config.output_dir))
+        if resume and state.is_newest(resume):
+            return str(resume.parent)
+        run = runs.create(self.config.output_dir)
+        if resume:
+            self._say(f"{resume}: its run went on from here and stays as it is; this one goes on in {run}.")
+        return str(run)
 
-    def _open_trackers(self) -> metrics.Trackers:
+    def _open_trackers(self, resume: Path | None) -> metrics.Trackers:
         if not self.world.is_main:
             return metrics.Trackers([])
-        runs.write_config(self.run, self.config, self.job.fields())
+        origin = resume if resume and resume.parent != self.run else None
+        runs.write_config(self.run, self.config, self.job.fields(), origin)
         for name in SIGNALS:
             (self.run / name).unlink(missing_ok=True)
-        return metrics.open_trackers(
+        trackers = metrics.open_trackers(
             self.run, self.config.monitoring, self.config.model_dump(mode="json"), self.step
         )
+        for row in metrics.history(origin.parent) if origin else []:
+            if (step := row.pop("step")) <= self.step:
+                trackers.log(step, row)
+        return trackers
 
     def train(self) -> None:
         """Run every step that is left; export and checkpoint on the way."""

@@ -68,12 +68,12 @@ def judge(subject: Subject, settings: EvaluationSettings, device: torch.device) 
 
 def _background(subject: Subject, evaluation: Evaluation) -> list[Value]:
     values = []
-    for video, suffix in ((subject.generated, "_generated"), (subject.edited, "")):
+    for clip, suffix in ((subject.generated, "_generated"), (subject.result, "")):
         keys = [f"preserved_{name}{suffix}" for name in ("psnr", "ssim", "max_error")]
-        if video is None:
+        if clip is None:
             values += [missing(key, NO_GENERATED) for key in keys]
             continue
-        found = metrics.preserved_quality(video[1:], subject.source[1:], subject.preserve[1:])
+        found = metrics.preserved_quality(clip.video[1:], clip.source[1:], clip.preserve[1:])
         values += [computed(key, number) for key, number in
                    zip(keys, (found.psnr, found.ssim, found.max_error), strict=True)]
         evaluation.frames[f"preserved_psnr{suffix}"] = (math.nan, *found.frame_psnr)
@@ -91,9 +91,11 @@ def _border(subject: Subject) -> list[Value]:
     source, preserve = subject.source[1:], subject.preserve[1:]
     result = metrics.seam(subject.edited[1:], source, preserve)
     values = [computed("leak", result.leak), computed("seam_jump", result.jump, result.source_jump)]
-    if subject.generated is None:
+    made = subject.generated
+    if made is None:
         return [*values, missing("leak_generated", NO_GENERATED)]
-    return [*values, computed("leak_generated", metrics.seam(subject.generated[1:], source, preserve).leak)]
+    found = metrics.seam(made.video[1:], made.source[1:], made.preserve[1:])
+    return [*values, computed("leak_generated", found.leak)]
 
 
 def _over_time(subject: Subject, evaluation: Evaluation) -> list[Value]:

@@ -55,13 +55,14 @@ def panels(subject: Subject) -> list[Panel]:
         Panel("mask", "Mask", "tinted: the region that may change", overlay(subject.source, subject.preserve)),
         Panel("result", "Result", "as written, after compositing and video coding", subject.edited),
     ]
-    if subject.generated is not None:
-        shown.append(Panel("generated", "Before compositing", "what the model made, background too", subject.generated))
+    made = subject.generated
+    if made is not None:
+        shown.append(Panel("generated", "Before compositing", "what the model made, background too", made.video))
     if subject.truth is not None:
         shown.append(Panel("truth", "Ground truth", "what the edit should be", subject.truth))
-    judged, name = (subject.edited, "result") if subject.generated is None else (subject.generated, "model's output")
+    judged, name = (subject.result, "result") if made is None else (made, "model's output")
     shown.append(Panel("difference", f"Difference ×{GAIN}", f"{name} from source; outlined: the region",
-                       difference(judged, subject.source, subject.preserve)))
+                       difference(judged.video, judged.source, judged.preserve)))
     return shown
 
 

@@ -14,16 +14,30 @@ import torch
 from common.errors import ErrorCollector, UserError
 from dataset import images
 from dataset.job import EditJob, grey_levels, load_job
+from dataset.original import read_original
 from dataset.resize import Grid
 from dataset.video import hash_media, read_media
+from dataset.video_writer import even_size
 from loraedit_ext import masks, regimes, results
 from loraedit_ext import run as runs
 from loraedit_ext.config import RunConfig
 
 
 @dataclass(frozen=True, eq=False)
+class Compared:
+    """A video and what it is compared with, all of one size. Axes: F frames, H W pixels."""
+
+    video: np.ndarray
+    """uint8 (F, H, W, 3)."""
+    source: np.ndarray
+    """uint8 (F, H, W, 3)."""
+    preserve: np.ndarray
+    """bool (F, H, W), True outside the edit."""
+
+
+@dataclass(frozen=True, eq=False)
 class Subject:
-    """One edit with everything that it is compared with. Axes: F frames, H W pixels."""
+    """One edit with everything that it is compared with. Axes: F frames, H W pixels of the result."""
 
     name: str
     source: np.ndarray
@@ -34,8 +48,8 @@ class Subject:
     """bool (F, H, W), True outside the edit."""
     reference: np.ndarray
     """uint8 (H, W, 3): the edited first frame."""
-    generated: np.ndarray | None
-    """uint8 (F, H, W, 3): before compositing, where that is known."""
+    generated: Compared | None
+    """The result from before compositing, where that is known; at the size that the model works at."""
     truth: np.ndarray | None
     """uint8 (F, H, W, 3): what the edit should be, where that is known."""
     fps: Fraction
@@ -49,6 +63,10 @@ class Subject:
     """Run folder of the LoRA that made it."""
     record: dict[str, Any] | None = None
     """Its edited.json."""
+
+    @property
+    def result(self) -> Compared:
+        return Compared(self.edited, self.source, self.preserve)
 
 
 def newest_edit(config: RunConfig) -> Path:
@@ -88,13 +106,28 @@ def from_edit(config: RunConfig, folder: Path) -> Subject:
     hashes["edited"] = hash_media(_existing(edited))
     if generated.is_file():
         files["generated"], hashes["generated"] = generated, hash_media(generated)
+    source, grey, picture = job.frames, job.grey_mask, job.first_edit.image
+    if record.get("size", made["size"]) != made["size"]:
+        original = read_original(job)
+        source, grey, picture = original.frames, original.grey_mask, original.first_edit
+    preserve = _preserve(job, grey)
+    reference = regimes.within(picture, source[0], preserve[0]) if job.keep_outside else picture
     return Subject(
-        name=job.name, source=job.frames, edited=_frames(edited, job.frames.shape),
-        preserve=regimes.preserve_mask(job).numpy(), reference=regimes.edited_picture(job, job.first_edit),
-        generated=_frames(generated, job.frames.shape) if generated.is_file() else None, truth=None, fps=job.fps,
+        name=job.name, source=source, edited=_frames(edited, source.shape), preserve=preserve, reference=reference,
+        generated=_generated(generated, job), truth=None, fps=job.fps,
         files={role: str(path) for role, path in files.items()}, hashes=hashes,
         run=_run_of(folder, Path(record["lora"]["path"])), record=record,
     )  # fmt: skip
+
+
+def _preserve(job: EditJob, grey: np.ndarray) -> np.ndarray:
+    return masks.from_grey(torch.tensor(grey), str(job.mask), whole=True).numpy()
+
+
+def _generated(path: Path, job: EditJob) -> Compared | None:
+    if not path.is_file():
+        return None
+    return Compared(_frames(path, job.frames.shape), job.frames, _preserve(job, job.grey_mask))
 
 
 def _run_of(folder: Path, adapter: Path) -> Path:
@@ -164,10 +197,11 @@ def from_files(files: Files) -> Subject:
             notes += [note] if note else []
     errors.raise_if_any()
     grey = grey_levels(files.mask, videos["mask"])
+    source, preserve = videos["source"], masks.from_grey(torch.tensor(grey), str(files.mask), whole=True).numpy()
     return Subject(
-        name=files.edited.stem, source=videos["source"], edited=videos["edited"],
-        preserve=masks.from_grey(torch.tensor(grey), str(files.mask), whole=True).numpy(), reference=videos["reference"][0],
-        generated=videos.get("generated"), truth=videos.get("truth"), fps=fps,
+        name=files.edited.stem, source=source, edited=videos["edited"], preserve=preserve, reference=videos["reference"][0],
+        generated=Compared(videos["generated"], source, preserve) if "generated" in videos else None,
+        truth=videos.get("truth"), fps=fps,
         files={role: str(path) for role, path in files.named().items()},
         hashes={role: hash_media(path) for role, path in files.named().items()}, notes=tuple(notes),
     )  # fmt: skip
@@ -192,6 +226,8 @@ def _fitted(
 
 def _frames(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     frames = read_media(_existing(path)).frames
+    if frames.shape[:3] == (shape[0], *map(even_size, shape[1:3])):
+        frames = frames[:, : shape[1], : shape[2]]  # an mp4 pads odd sides
     if frames.shape != shape:
         raise UserError(f"{path}: has shape {frames.shape}, expected {shape} as the job has. Run inference.py again.")
     return frames

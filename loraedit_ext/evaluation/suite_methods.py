@@ -212,6 +212,7 @@ def settings_of(method: Method, config: RunConfig) -> dict[str, Any]:
         return facts
     resolved = config.model_dump(mode="json")
     facts["model"] = {key: value for key, value in resolved["model"].items() if not key.endswith("_path")}
+    resolved["edit"].pop("size")  # the suite judges what the model made, whatever becomes of it
     wanted = ["edit", "seed", "mask_rule"]
     if method.training:
         wanted += ["adapter", "optimizer", "stage", "micro_batch_size_per_gpu", "gradient_accumulation_steps",

@@ -103,16 +103,20 @@ def test_8_bit_storage_crosses_processes(edit_folder, split):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
-def test_a_run_resumes_on_another_number_of_stages(edit_folder, before, after):
+@pytest.mark.parametrize(("before", "after", "in_place"), [(1, 2, False), (2, 1, True)])
+def test_a_run_resumes_on_another_number_of_stages(edit_folder, before, after, in_place):
+    """From its newest state in its own folder, from an earlier one in a new folder on which all processes agree."""
     launch(edit_folder)
     launch(edit_folder, f"pipeline_stages={before}", processes=before)
-    whole, second = edit_folder.runs()
-    (second / "latest").write_text("global_step3\n")
-    resume = ["--resume_from_checkpoint", second.name]
+    second = edit_folder.runs()[1]
+    if in_place:
+        (second / "latest").write_text("global_step3\n")
+    resume = ["--resume_from_checkpoint", second.name if in_place else f"{second.name}/global_step3"]
     launch(edit_folder, f"pipeline_stages={after}", *resume, processes=after)
-    assert_close(numbers(edit_folder.metrics(0)), numbers(edit_folder.metrics(1)), 1e-6)
-    first, last = (load_file(run / "step6" / "adapter_model.safetensors") for run in (whole, second))
+    whole, *others = edit_folder.runs()
+    assert len(others) == (1 if in_place else 2)
+    assert_close(numbers(edit_folder.metrics(0)), numbers(edit_folder.metrics(-1)), 1e-6)
+    first, last = (load_file(run / "step6" / "adapter_model.safetensors") for run in (whole, others[-1]))
     assert all((first[name] - last[name]).abs().max() < 1e-6 for name in first)
 
 

@@ -22,9 +22,17 @@ import evaluate
 from common.errors import UserError
 from dataset.images import read_image
 from dataset.video import read_video
+from loraedit_ext.config import load_config
 from loraedit_ext.evaluation import metrics, suite, suite_baselines, suite_page, suite_report, suite_tasks
 from loraedit_ext.evaluation.suite_claims import Claim, Results, claims
-from loraedit_ext.evaluation.suite_methods import DEFAULT_METHODS, METHODS, Budget, training_seconds
+from loraedit_ext.evaluation.suite_methods import (
+    DEFAULT_METHODS,
+    METHODS,
+    Budget,
+    settings_of,
+    training_seconds,
+    write_config,
+)
 from loraedit_ext.evaluation.suite_scores import SCORES, UNSEEN, scores
 from loraedit_ext.evaluation.suite_settings import load_suite
 from loraedit_ext.evaluation.suite_statistics import Estimate, estimate, paired, t_quantile
@@ -38,6 +46,14 @@ SHORT = ("suite.steps=1", "suite.appearance_steps=2", "suite.seeds=[0]", "suite.
 
 def lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / suite.RESULTS).read_text().splitlines()]
+
+
+def test_a_new_setting_of_what_is_written_makes_no_committed_result_stale(tmp_path) -> None:
+    config = load_config(write_config(tmp_path, tmp_path))
+    for line in Path("benchmarks/scenes.jsonl").read_text().splitlines():
+        there = json.loads(line)["settings"]
+        if METHODS[there["method"]].learned:
+            assert settings_of(METHODS[there["method"]], config)["edit"].keys() == there["edit"].keys()
 
 
 def test_the_lists_have_the_promised_size_and_mix() -> None:

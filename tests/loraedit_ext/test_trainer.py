@@ -13,7 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from common.errors import UserError
+from dataset.images import read_image, write_png
 from loraedit_ext import launch, metrics, plan
+from loraedit_ext import run as runs
 from loraedit_ext.config import load_config
 
 
@@ -81,6 +83,39 @@ def test_a_resumed_run_equals_the_uninterrupted_one(edit_folder, optimizer):
     assert edit_folder.losses(1) == edit_folder.losses(0)
     assert [row["step"] for row in edit_folder.metrics(1) if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
     assert_same(lora_of(whole, 6), lora_of(second, 6))
+
+
+def test_an_earlier_state_goes_on_in_a_new_run_and_leaves_the_first_as_it_is(edit_folder, capsys):
+    """Another edit of the same clip once wrote over the LoRA, the states and the numbers of the first one."""
+    train(edit_folder)
+    (first,) = edit_folder.runs()
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    image = edit_folder.path / "edited_6.png"
+    write_png(image, read_image(image)[:, ::-1].copy())
+    train(edit_folder, f"resume_from_checkpoint={first / 'global_step3'}")
+    first, second = edit_folder.runs()
+    assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
+    assert f"its run went on from here and stays as it is; this one goes on in {second}" in capsys.readouterr().err
+    assert json.loads((second / "config.json").read_text())["resumed_from"] == str(first / "global_step3")
+    one, two = edit_folder.metrics(0), edit_folder.metrics(1)
+    assert [row["step"] for row in two] == [1, 2, 3, 4, 5, 6]
+    assert one[:3] == two[:3]
+    assert one[4]["train/loss"] != two[4]["train/loss"], "the step on the other edit"
+    assert (second / "latest").read_text() == "global_step6\n"
+
+
+def test_a_new_run_from_an_earlier_state_equals_the_first_and_is_resumed_in_place(edit_folder):
+    train(edit_folder)
+    (first,) = edit_folder.runs()
+    train(edit_folder, f"resume_from_checkpoint={first.name}/global_step3")
+    first, second = edit_folder.runs()
+    assert_same(lora_of(first, 6), lora_of(second, 6))
+    train(edit_folder, f"resume_from_checkpoint={second / 'global_step6'}", "stage.1.steps=4")
+    assert edit_folder.runs() == [first, second]
+    assert len(edit_folder.losses(1)) == 7
+    assert json.loads((second / "config.json").read_text())["resumed_from"] == str(first / "global_step3")
+    again = runs.overrides_of(second, load_config(edit_folder.config))
+    assert f"resume_from_checkpoint={first / 'global_step3'}" in again
 
 
 def test_a_signal_file_saves_state_and_lora_and_quits(edit_folder, monkeypatch):
