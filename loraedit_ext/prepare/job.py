@@ -191,12 +191,14 @@ def _kept(folder: JobFolder) -> list[str]:
 def _next(request: Request, folder: JobFolder) -> list[str]:
     """What to do now."""
     out = folder.path
-    later = "To guide how the edit looks later on: --frame N writes that frame as well, --edited N:PICTURE takes its edit"
+    later = [] if max(request.edited, default=0) else [
+        "later     to guide how the edit looks later on, --frame N writes that frame too and --edited N:PICTURE takes its edit"
+    ]
     if 0 not in request.edited:
         region = "" if (out / JOB).exists() else ", or give the region with --box or --painted"
-        return [f"next      edit {out / FRAME} with any image editor, keep its size, save it under another name, and run the "
-                f"same command with --edited PICTURE{region}. {later}"]  # fmt: skip
-    lines = [*_about_captions(out), f"next      look at {out / SHEET} or {out / PREVIEW}. {later}. Then:"]
+        return [*later, f"next      edit {out / FRAME} with any image editor, keep its size, save it under another name, and "
+                f"run the same command with --edited PICTURE{region}"]  # fmt: skip
+    lines = [*_about_captions(out), *later, f"next      look at {out / SHEET} or {out / PREVIEW}, then:"]
     if folder.is_ours(EDIT) and "ckpt_path" not in read_toml(out / EDIT)["model"]:
         lines.append(f"          fill in ckpt_path in {out / EDIT}, or run the same command with --ckpt FOLDER")
     return lines + [f"          {command}" for command in _commands(out / EDIT)]

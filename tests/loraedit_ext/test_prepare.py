@@ -299,13 +299,14 @@ def test_later_frames_are_written_edited_and_shown(folder):
     lines = prepare(request(folder, pictures=(12, 0, 5)))
     assert {path.name for path in (folder / "job").glob("*.png")} == {"frame.png", "frame_00005.png", "frame_00012.png"}
     assert np.array_equal(read_image(folder / "job" / "frame_00012.png"), video[12])
-    assert "--edited N:PICTURE" in lines[-1]
+    assert "--edited N:PICTURE" in lines[-2]
     later = video[12].copy()
     later[shapes[12]] = 255 - later[shapes[12]]
     write_png(folder / "later.png", later)
     lines = prepare(request(folder, edited={12: folder / "later.png", 0: folder / "edited.png"}))
     assert [line.split(":")[0] for line in lines if line.startswith("region")] == ["region    frame 0", "region    frame 12"]
     job = job_of(folder)
+    assert not any("--edited N:PICTURE" in line for line in lines)
     assert [edited.index for edited in job.edited_frames] == [0, 12]
     assert np.array_equal(job.edited_frames[1].image, later)
     assert ((job.grey_mask == 255) & shapes).sum() > 0.99 * shapes.sum()
