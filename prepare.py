@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import get_args
 
 from loraedit_ext import cli
+from loraedit_ext.config import Family
 
 DESCRIPTION = (
     "Make an edit job of a video. Without --edited it writes the frame to edit; with it, it finds what was edited, follows "
-    "that through the video, and writes the mask, a preview of it and job.toml."
+    "that through the video, and writes the mask, a preview of it, job.toml and edit.toml."
 )
+
+_BY_FRAME = {"edited": "--edited", "boxes": "--box", "painted": "--painted"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,10 +24,11 @@ def main(arguments: list[str] | None = None) -> int:
     traceback = options.traceback
 
     def run() -> None:
-        from loraedit_ext.prepare.job import Request, prepare
+        from loraedit_ext.prepare.job import prepare
+        from loraedit_ext.prepare.request import Request, by_frame
 
         given = {name: value for name, value in vars(options).items() if value is not None and name != "traceback"}
-        given |= {name: dict(given[name]) for name in ("boxes", "painted") if name in given}
+        given |= {name: by_frame(flag, given[name]) for name, flag in _BY_FRAME.items() if name in given}
         print("\n".join(prepare(Request(**given))))
 
     return cli.guarded(run, traceback)
@@ -33,13 +38,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--source", type=Path, required=True, metavar="PATH", help="video, or folder of images")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the job's folder, made if need be")
-    parser.add_argument("--edited", type=Path, metavar="PICTURE", help="the edited first frame, at the source's size")
+    parser.add_argument(
+        "--edited", type=_at_path, action="append", metavar="[FRAME:]PICTURE",
+        help="an edited frame at the source's size, without a number the first; later ones guide how the edit looks there",
+    )
+    parser.add_argument(
+        "--frame", dest="pictures", type=int, action="append", metavar="N", help="write frame N of the clip too, to be edited",
+    )
     parser.add_argument(
         "--box", dest="boxes", type=_box, action="append", metavar="[FRAME:]LEFT,TOP,WIDTH,HEIGHT",
         help="the region to edit, in pixels, instead of what --edited shows; again with another frame to mend the track",
     )
     parser.add_argument(
-        "--painted", type=_painted, action="append", metavar="[FRAME:]PICTURE",
+        "--painted", type=_at_path, action="append", metavar="[FRAME:]PICTURE",
         help="the same as a picture, white = edit (from an image editor, SAM, ...)",
     )
     parser.add_argument("--margin", type=float, help="widen the mask by this share of the region's size (default: 0.1)")
@@ -47,6 +58,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--frames", type=int, metavar="N", help="how many to use, 4n+1 (default: up to 49)")
     parser.add_argument("--caption", metavar="TEXT", help="what the source shows, for job.toml")
     parser.add_argument("--edited_caption", metavar="TEXT", help="what the edited frame shows")
+    parser.add_argument("--ckpt", type=Path, metavar="FOLDER", help="the model's weights, for edit.toml")
+    parser.add_argument("--model", choices=get_args(Family), help="the model's family, for edit.toml (default: wan)")
+    parser.add_argument(
+        "--overwrite", action="store_true", default=None, help="replace masks and frames that were changed by hand, too",
+    )
     parser.add_argument("--traceback", action="store_true", help="show the traceback of a user error")
     return parser
 
@@ -59,13 +75,17 @@ def _at_frame(text: str) -> tuple[int, str]:
 
 def _box(text: str) -> tuple[int, tuple[int, int, int, int]]:
     frame, numbers = _at_frame(text)
-    left, top, width, height = (int(number) for number in numbers.split(","))
+    try:
+        left, top, width, height = (int(number) for number in numbers.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: expected four whole numbers of pixels, LEFT,TOP,WIDTH,HEIGHT, e.g. "
+                                         "310,80,120,150, and FRAME: before them for a later frame") from None  # fmt: skip
     if width < 1 or height < 1:
         raise argparse.ArgumentTypeError(f"{text}: width and height must be positive")
     return frame, (left, top, width, height)
 
 
-def _painted(text: str) -> tuple[int, Path]:
+def _at_path(text: str) -> tuple[int, Path]:
     frame, path = _at_frame(text)
     return frame, Path(path)
 

@@ -13,6 +13,8 @@ from common.errors import UserError
 from common.files import write_atomic
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+ONE_COLOUR = 24
+"""Grey levels that lossy coding and smooth edges leave between pixels of one colour, and between the channels of grey."""
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -23,16 +25,47 @@ def read_image(path: Path) -> np.ndarray:
     Raises:
         UserError: the file is missing, empty, truncated, no picture of a known format, or transparent.
     """
+    image = _read(path)
+    if _is_transparent(image):
+        raise UserError(f"{path}: has transparent pixels, expected an opaque picture. Flatten it.")
+    return _rgb(image)
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Read a picture of a shape as `read_image` does, also one whose shape is in its alpha channel.
+
+    Image editors write the latter for a shape that is painted in one colour on a transparent layer; its alpha becomes the grey.
+
+    Raises:
+        UserError: as `read_image`; or what is not transparent has several colours.
+    """
+    image = _read(path)
+    if not _is_transparent(image):
+        return _rgb(image)
+    visible = image[image[..., 3] >= 128][:, :3]
+    if len(visible) and (visible.max(0) - visible.min(0)).max() > ONE_COLOUR:
+        raise UserError(f"{path}: has transparent pixels and several colours, so its shape may be in either. Paint it in one "
+                        "colour on a transparent layer, or white on black without transparency.")  # fmt: skip
+    return cv2.cvtColor(np.ascontiguousarray(image[..., 3]), cv2.COLOR_GRAY2RGB)
+
+
+def _is_transparent(image: np.ndarray) -> bool:
+    return image.ndim == 3 and image.shape[2] == 4 and image[..., 3].min() < 255
+
+
+def _rgb(image: np.ndarray) -> np.ndarray:
+    """Of OpenCV's grey, BGR or BGRA."""
+    return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB) if image.ndim == 2 else np.ascontiguousarray(image[..., 2::-1])
+
+
+def _read(path: Path) -> np.ndarray:
+    """uint8 (H, W), (H, W, 3) or (H, W, 4), as OpenCV orders channels."""
     image = _decode(path)
     if image.dtype == np.uint16:
         image = ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if image.dtype != np.uint8:
         raise UserError(f"{path}: has {image.dtype} pixels, expected 8 or 16 bits a channel. Convert it.")
-    if image.ndim == 2:
-        return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
-    if image.shape[2] == 4 and image[..., 3].min() < 255:
-        raise UserError(f"{path}: has transparent pixels, expected an opaque picture. Flatten it.")
-    return np.ascontiguousarray(image[..., 2::-1])
+    return image
 
 
 def _decode(path: Path) -> np.ndarray:

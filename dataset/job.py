@@ -21,9 +21,6 @@ from dataset.resize import Fit, Grid, Size, fit
 from dataset.schema import EditedFrameSettings, JobSettings, load_job_settings
 from dataset.video import Video, hash_media, nice_rate, read_media
 
-_MAX_COLOUR = 24
-"""Difference between the channels of a grey picture that lossy coding explains."""
-
 
 @dataclass(frozen=True, eq=False)
 class EditedFrame:
@@ -201,7 +198,8 @@ class _Loader:
         assert fitted is not None, "there is a fit wherever there is a source"
         assert mask is not None, "a missing mask has left an error"
         if not caption:
-            self._say("no caption given: prompts hold the trigger alone")
+            self._say("no caption given: prompts hold the trigger alone; `caption` should say in one sentence who or what is "
+                      "seen, doing what, and where")
         if not edits or edits[0].index:
             self._say("no edited frame 0: the job can be trained on, not edited with")
         return self._job(source, fitted, fitted.mask(mask), count, edits, clips, caption)
@@ -344,7 +342,7 @@ class _Loader:
         with self.errors.catch():
             still = path.suffix.lower() in images.SUFFIXES
             video = None if still else read_masks(path, self.settings.start, self.settings.every, max(1, count))
-            pictures = images.read_image(path)[None] if video is None else video.frames
+            pictures = images.read_mask(path)[None] if video is None else video.frames
             self._hash("mask", path)
             for note in video.notes if video else ():
                 self._say(f"mask {path.name}: {note}")
@@ -425,8 +423,8 @@ def read_masks(path: Path, start: int, every: int, count: int) -> Video:
 
     One that has `count` masks in all, where `every` is above 1, has one for each used frame: it is taken as it is.
     """
-    video = read_media(path, start, count, every=every)
-    return read_media(path) if every > 1 and video.total == count else video
+    video = read_media(path, start, count, every=every, read=images.read_mask)
+    return read_media(path, read=images.read_mask) if every > 1 and video.total == count else video
 
 
 def check_mask(path: Path, size: tuple[int, ...], total: int | None, source: Video, used: int | None = None) -> None:
@@ -447,7 +445,7 @@ def grey_levels(path: Path, pictures: np.ndarray) -> np.ndarray:
     grey = np.empty(pictures.shape[:3], np.uint8)
     for index, picture in enumerate(pictures):
         low, high = picture.min(2), picture.max(2)
-        if (high - low).max() > _MAX_COLOUR:
+        if (high - low).max() > images.ONE_COLOUR:
             raise UserError(f"{path}: mask {index} is coloured, expected grey (white = edit).")
         grey[index] = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
     return grey

@@ -54,7 +54,7 @@ def read_original(job: EditJob) -> Original:
 def _mask(job: EditJob) -> np.ndarray:
     count = len(job.frames)
     still = job.mask.suffix.lower() in images.SUFFIXES
-    pictures = images.read_image(job.mask)[None] if still else read_masks(job.mask, job.start, job.every, count).frames
+    pictures = images.read_mask(job.mask)[None] if still else read_masks(job.mask, job.start, job.every, count).frames
     grey = grey_levels(job.mask, pictures)
     used = np.zeros((count, *grey.shape[1:]), np.uint8)
     for frame, levels in zip(used, np.broadcast_to(grey, used.shape), strict=True):

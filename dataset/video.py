@@ -6,7 +6,7 @@ Axes: F frames, H W pixels, 3 = RGB.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -25,6 +25,7 @@ from dataset.containers import gif_images, missing_matroska_bytes, missing_mp4_b
 FORMATS = "mp4, mov, webm, mkv or gif"
 FOLDER_FPS = Fraction(16)
 """Rate of a folder of images that nobody gave a rate."""
+ReadPicture = Callable[[Path], np.ndarray]
 _HDR = {16: "PQ", 18: "HLG"}  # AVCOL_TRC values
 _CURE = "Export or download it again, or re-encode it (ffmpeg -i IN OUT.mp4)."
 
@@ -56,11 +57,12 @@ class Video:
 
 
 def read_media(
-    path: Path, first: int = 0, count: int | None = None, fps: Fraction | None = None, every: int = 1
+    path: Path, first: int = 0, count: int | None = None, fps: Fraction | None = None, every: int = 1,
+    read: ReadPicture = images.read_image,
 ) -> Video:
     """Read a video file, or a folder of images at `fps`; see `read_video` and `read_images`."""
     if path.is_dir():
-        return read_images(path, first, count, fps, every=every)
+        return read_images(path, first, count, fps, every, read)
     return read_video(path, first, count, every)
 
 
@@ -72,11 +74,15 @@ def hash_media(path: Path) -> str:
 
 
 def read_images(
-    path: Path, first: int = 0, count: int | None = None, fps: Fraction | None = None, every: int = 1
+    path: Path, first: int = 0, count: int | None = None, fps: Fraction | None = None, every: int = 1,
+    read: ReadPicture = images.read_image,
 ) -> Video:
     """Read the pictures of a folder in natural order as a video; all of them must have one size.
 
     Which are kept is as with `read_video`.
+
+    Args:
+        read: `images.read_image`, or `images.read_mask` where they are masks.
 
     Raises:
         UserError: no pictures, one that cannot be read, or pictures of different sizes.
@@ -85,7 +91,7 @@ def read_images(
     frames: list[np.ndarray] = []
     shape: tuple[int, ...] | None = None
     for index, file in enumerate(stepping(files, f"reading {path.name}")):
-        image = images.read_image(file)
+        image = read(file)
         shape = shape or image.shape
         if image.shape != shape:
             raise UserError(

@@ -182,10 +182,11 @@ def from_files(files: Files) -> Subject:
     fps, notes = Fraction(1), []
     for role, path in files.named().items():
         with errors.catch():
+            read = images.read_mask if role == "mask" else images.read_image
             if path.suffix.lower() in images.SUFFIXES:
-                videos[role] = images.read_image(_existing(path))[None]
+                videos[role] = read(_existing(path))[None]
                 continue
-            video = read_media(path)
+            video = read_media(path, read=read)
             videos[role] = video.frames
             fps = video.fps if role == "edited" else fps
             notes += [f"{role}: {note}." for note in video.notes]

@@ -1,162 +1,76 @@
-"""Makes an edit job of a video: the frame to edit, then the mask that follows the edit, and job.toml.
+"""Makes an edit job of a video: the frames to edit, then the mask that follows the edit, and the TOMLs of job and run.
 
-Two calls, as a person works: without an edited picture only the frame to edit is written; with one, all else.
+Two calls, as a person works: without an edited picture only the frames to edit are written; with one, all else.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import shlex
+import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from common.errors import ErrorCollector, UserError
-from common.files import write_text_atomic
-from dataset.images import read_image, write_png
-from dataset.job import check_mask, grey_levels
-from dataset.resize import Grid
-from dataset.schema import JobSettings
-from dataset.video import Video, read_media
-from dataset.video_writer import write_images, write_mp4
+from common.errors import UserError
+from common.progress import stepping
+from common.settings import read_toml
+from dataset.images import SUFFIXES, write_png
+from dataset.video import Video
+from dataset.video_writer import write_mp4
 from loraedit_ext import masks
 from loraedit_ext.pictures import contact_sheet, overlaid
 from loraedit_ext.prepare.difference import changed
-from loraedit_ext.prepare.regions import Box, Region, box_around, from_box, from_picture, widened
+from loraedit_ext.prepare.folder import JobFolder
+from loraedit_ext.prepare.given import read_clip, read_given, read_grey
+from loraedit_ext.prepare.regions import Region, box_around, widened
+from loraedit_ext.prepare.request import Request
+from loraedit_ext.prepare.tomls import EDIT, JOB, MASK, no_longer_there, plan_tomls
 from loraedit_ext.prepare.tracking import Track, track
 
-FRAME, MASK, JOB, PREVIEW, SHEET = "frame.png", "mask", "job.toml", "preview.mp4", "preview.png"
-MARGIN = 0.1
-MOST_CHANGED = 0.6
-"""Share of the picture above which a difference says nothing about a region."""
+FRAME, PREVIEW, SHEET = "frame.png", "preview.mp4", "preview.png"
 _LOST = 0.01
 """Share of an edit outside the mask from which on it is worth a word."""
-_FRAMES = JobSettings.model_fields["max_frames"].default
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a person asks for.
-
-    Attributes:
-        source: the video to edit, or a folder of images.
-        out: the job's folder.
-        edited: the edited frame 0 of the clip; None: it is still to be made.
-        boxes: frame of the clip -> region drawn as a box.
-        painted: frame of the clip -> region painted as a picture, white = edit.
-        margin: share of the region's size by which the mask is wider on every side.
-        start: source frame that is the clip's frame 0.
-        frames: length of the clip; None: what a job takes by default.
-        caption, edited_caption: for job.toml.
-    """
-
-    source: Path
-    out: Path
-    edited: Path | None = None
-    boxes: Mapping[int, Box] = field(default_factory=dict)
-    painted: Mapping[int, Path] = field(default_factory=dict)
-    margin: float = MARGIN
-    start: int = 0
-    frames: int | None = None
-    caption: str | None = None
-    edited_caption: str | None = None
+_CAPTIONS = {
+    "caption": "an old man exercising in a park",
+    "edited_caption": "an old man with a white helmet exercising in a park",
+}
 
 
 def prepare(request: Request) -> list[str]:
     """Write what can be written; returns what a person should know, a line each.
 
     Raises:
-        UserError: media that cannot be read or do not fit together, or a region that cannot be found.
+        UserError: media that cannot be read or do not fit together, a region that cannot be found, a folder that cannot be
+            made, or a TOML in it that a person edited and that contradicts the call.
     """
+    request.check()
     clip = read_clip(request)
     lines = [f"clip      {request.source.name}: frames {clip.first} to {clip.first + len(clip.frames) - 1} of "
              f"{clip.total}, {clip.size[0]}x{clip.size[1]}"]  # fmt: skip
-    edited = None if request.edited is None else _edited_picture(request.edited, clip)
-    keys = _keys(request, clip)
-    if not keys and edited is not None:
-        keys = {0: _region_of_edit(request, clip, edited)}
+    edited, keys = read_given(request, clip)
+    folder = JobFolder(request.out, request.overwrite, {*request.edited.values(), *request.painted.values()})
     if not keys:
-        write_png(request.out / FRAME, clip.frames[0])
-        return [*lines, f"wrote     {request.out / FRAME}",
-                "next      edit this picture with any image editor, keep its size, and run the same command with --edited "
-                "PICTURE; or give the region with --box or --painted"]  # fmt: skip
+        folder.make()
+        with folder.writing():
+            lines += _write_frames(request, folder, clip)
+        return [*lines, *_kept(folder), *_next(request, folder)]
+    texts = plan_tomls(request, folder, len(clip.frames))
+    by_hand = _masks_by_hand(folder, clip)
+    folder.make(MASK)
     tracked = track(clip.frames, keys)
     grey = _masks(tracked, request.margin)
-    lines += _told(keys, tracked, grey)
-    if edited is not None:
-        lines += _lost(clip.frames[0], edited, grey[0])
-    return lines + _write(request, clip, edited, grey)
-
-
-def read_clip(request: Request) -> Video:
-    """The frames that the job will use: 4n+1 of them, as both families ask.
-
-    Raises:
-        UserError: the source cannot be read or has too few frames.
-    """
-    grid = Grid()
-    if request.frames is not None and not grid.takes_frames(request.frames):
-        near = " or ".join(map(str, grid.nearest_frames(request.frames)))
-        raise UserError(f"--frames {request.frames}: must be {grid.frame_step}n+1 with n >= 1; nearest: {near}.")
-    read = read_media(request.source, request.start, request.frames or _FRAMES)
-    used = request.frames or grid.frames_below(max(1, len(read.frames)))
-    if len(read.frames) < used or not grid.takes_frames(used):
-        raise UserError(f"{request.source}: has {read.total} frames, {len(read.frames)} from frame {request.start} on; "
-                        f"expected at least {request.frames or grid.frame_step + 1}.")  # fmt: skip
-    return replace(read, frames=read.frames[:used], times=read.times[:used])
-
-
-def _edited_picture(path: Path, clip: Video) -> np.ndarray:
-    picture = read_image(path)
-    if picture.shape != clip.frames[0].shape:
-        height, width = picture.shape[:2]
-        raise UserError(f"{path}: is {width}x{height}, expected {clip.size[0]}x{clip.size[1]} as {clip.path.name}. "
-                        "Export it at that size.")  # fmt: skip
-    return picture
-
-
-def _keys(request: Request, clip: Video) -> dict[int, Region]:
-    """The regions that the person gave, by frame; all mistakes are told at once."""
-    errors, found = ErrorCollector(), {}
-    for frame in sorted({*request.boxes, *request.painted}):
-        with errors.catch():
-            if not frame < len(clip.frames):
-                raise UserError(f"region of frame {frame}: the clip has frames 0 to {len(clip.frames) - 1}, counted from "
-                                "--start.")  # fmt: skip
-            if frame in request.boxes and frame in request.painted:
-                raise UserError(f"region of frame {frame}: given as a box and as a picture. Keep one.")
-            found[frame] = _drawn(request, clip, frame)
-    errors.raise_if_any()
-    return found
-
-
-def _drawn(request: Request, clip: Video, frame: int) -> Region:
-    size = clip.frames.shape[1:3]
-    if frame in request.boxes:
-        region, what = from_box(request.boxes[frame], size), f"box of frame {frame}"
-    else:
-        path = request.painted[frame]
-        picture = read_image(path)
-        check_mask(path, picture.shape[1::-1], None, clip)
-        region, what = from_picture(grey_levels(path, picture[None])[0] >= masks.THRESHOLD), str(path)
-    if not region.shape.any():
-        raise UserError(f"{what}: marks nothing inside the picture of {clip.size[0]}x{clip.size[1]} pixels.")
-    return region
-
-
-def _region_of_edit(request: Request, clip: Video, edited: np.ndarray) -> Region:
-    """A box around all that the edited picture changes."""
-    touched = changed(clip.frames[0], edited)
-    share = float(touched.mean())
-    if not share:
-        raise UserError(f"{request.edited}: does not differ from frame {clip.first} of {clip.path.name}. Is it another "
-                        "frame's edit (--start), or not edited yet? Else give the region with --box.")  # fmt: skip
-    if share > MOST_CHANGED:
-        raise UserError(f"{request.edited}: differs from frame {clip.first} of {clip.path.name} in {share:.0%} of the "
-                        "picture, so it does not tell where the edit is. Give the region with --box or --painted.")  # fmt: skip
-    return from_box(box_around(touched), touched.shape)
+    for frame, painted in by_hand.items():
+        grey[frame] = painted
+    lines += _told(keys, tracked, grey, by_hand)
+    for frame, picture in edited.items():
+        lines += _lost(frame, clip.frames[frame], picture, grey[frame])
+    with folder.writing():
+        lines += _write_frames(request, folder, clip)
+        lines += _write_masks(folder, clip, grey)
+        lines += _write_previews(folder, clip, edited, grey)
+        lines += _write_tomls(folder, texts)
+    return [*lines, *_kept(folder), *_next(request, folder)]
 
 
 def _masks(tracked: Track, margin: float) -> np.ndarray:
@@ -164,31 +78,32 @@ def _masks(tracked: Track, margin: float) -> np.ndarray:
     return np.stack([widened(shape, margin) if shape.any() else shape for shape in tracked.shapes]).astype(np.uint8) * 255
 
 
-def _told(keys: Mapping[int, Region], tracked: Track, grey: np.ndarray) -> list[str]:
+def _told(keys: Mapping[int, Region], tracked: Track, grey: np.ndarray, by_hand: Collection[int]) -> list[str]:
+    """What came of the regions; frames whose mask was made by hand are no longer the track's."""
     lines = []
     for frame, region in sorted(keys.items()):
         left, top, width, height = box_around(region.shape)
         lines.append(f"region    frame {frame}: {width}x{height} at ({left}, {top})")
     cover = grey.mean((1, 2)) / 2.55
     lines.append(f"mask      {cover.mean():.1f} % of the picture on average, {cover.min():.1f} to {cover.max():.1f} %")
-    if gone := [int(index) for index in np.flatnonzero(~grey.any((1, 2)))]:
+    if gone := [int(index) for index in np.flatnonzero(~grey.any((1, 2))) if index not in by_hand]:
         lines.append(f"note      nothing is marked in frames {_spans(gone)}: the region has left the picture")
-    if doubtful := tracked.doubtful():
+    if doubtful := [index for index in tracked.doubtful() if index not in by_hand]:
         lines.append(f"note      the motion is unclear in frames {_spans(doubtful)}: look at {SHEET} and {PREVIEW}; mend it "
                      "with --box FRAME:LEFT,TOP,WIDTH,HEIGHT for a frame where the mask is wrong")  # fmt: skip
     return lines
 
 
-def _lost(before: np.ndarray, edited: np.ndarray, grey: np.ndarray) -> list[str]:
-    """A word on edited pixels that the mask of frame 0 leaves out: they would be put back."""
+def _lost(frame: int, before: np.ndarray, edited: np.ndarray, grey: np.ndarray) -> list[str]:
+    """A word on edited pixels that the mask of their frame leaves out: they would be put back."""
     touched = changed(before, edited)
     outside = touched & (grey < masks.THRESHOLD)
     if outside.sum() <= _LOST * touched.sum():
         return []
     left, top, width, height = box_around(outside)
     share, place = outside.sum() / touched.sum(), f"({left}, {top}) to ({left + width}, {top + height})"
-    return [f"note      {share:.0%} of what the edited picture changes is outside the mask, from {place}, and will be lost. "
-            "Widen the region or --margin."]  # fmt: skip
+    return [f"note      {share:.0%} of what the edited picture of frame {frame} changes is outside the mask, from {place}, and "
+            "will be lost. Widen the region or --margin."]  # fmt: skip
 
 
 def _spans(numbers: list[int]) -> str:
@@ -198,37 +113,114 @@ def _spans(numbers: list[int]) -> str:
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
-def _write(request: Request, clip: Video, edited: np.ndarray | None, grey: np.ndarray) -> list[str]:
-    """Masks for every frame of the source, the previews, and job.toml unless there is one; one line a file."""
-    out = request.out
-    write_png(out / FRAME, clip.frames[0])
+def _picture_name(frame: int) -> str:
+    return f"frame_{frame:05d}.png" if frame else FRAME
+
+
+def _mask_name(source_frame: int) -> str:
+    return f"{MASK}/{source_frame:05d}.png"
+
+
+def _masks_by_hand(folder: JobFolder, clip: Video) -> dict[int, np.ndarray]:
+    """Frame of the clip -> uint8 (H, W), of the masks that must be kept.
+
+    Raises:
+        UserError: one of them does not fit the source, or the folder holds a picture that is none of its masks.
+    """
+    expected = {_mask_name(index) for index in range(clip.total)}
+    for path in sorted((folder.path / MASK).glob("*")):
+        name = f"{MASK}/{path.name}"
+        if path.suffix.lower() in SUFFIXES and name not in expected and not folder.is_ours(name):
+            raise UserError(f"{path}: is no mask of {clip.path.name}, which has {clip.total} frames; expected 00000.png to "
+                            f"{clip.total - 1:05d}.png. Move it out of the folder.")  # fmt: skip
+    names = {frame: _mask_name(clip.first + frame) for frame in range(len(clip.frames))}
+    return {frame: read_grey(folder.path / name, clip) for frame, name in names.items() if folder.keeps(name)}
+
+
+def _write_frames(request: Request, folder: JobFolder, clip: Video) -> list[str]:
+    """The source's frames, to be edited."""
+    names = {frame: _picture_name(frame) for frame in sorted({0, *request.pictures})}
+    for frame, name in names.items():
+        folder.write_png(name, clip.frames[frame])
+    return [f"wrote     {folder.path / name}" for name in names.values() if name not in folder.kept]
+
+
+def _write_masks(folder: JobFolder, clip: Video, grey: np.ndarray) -> list[str]:
+    """One for every frame of the source, black beyond the clip; those of a longer source before go."""
     black = np.zeros_like(grey[0])
-    behind = clip.total - clip.first - len(grey)
-    write_images(out / MASK, [*[black] * clip.first, *grey, *[black] * behind])
+    for index in stepping(range(clip.total), f"writing {MASK}"):
+        frame = index - clip.first
+        folder.write_png(_mask_name(index), grey[frame] if 0 <= frame < len(grey) else black)
+    for path in (folder.path / MASK).glob("*"):
+        name = f"{MASK}/{path.name}"
+        if folder.is_ours(name) and int(path.stem) >= clip.total:
+            folder.remove(name)
+    return [f"wrote     {folder.path / MASK}"]
+
+
+def _write_previews(folder: JobFolder, clip: Video, edited: Mapping[int, np.ndarray], grey: np.ndarray) -> list[str]:
+    """The masks laid over the clip, with its edited frames in place."""
     shown = clip.frames.copy()
-    if edited is not None:
-        shown[0] = edited
+    for frame, picture in edited.items():
+        shown[frame] = picture
     shown = overlaid(shown, grey)
-    write_mp4(out / PREVIEW, shown, clip.fps)
-    write_png(out / SHEET, contact_sheet([shown]))
-    written = [f"wrote     {out / name}" for name in (FRAME, MASK, PREVIEW, SHEET)]
-    if (out / JOB).exists():
-        return [*written, f"kept      {out / JOB}, which is there already; remove it to have a new one written"]
-    write_text_atomic(out / JOB, job_toml(request, len(grey)))
-    last = "" if edited is not None else f"; edit {FRAME} and add it as [[edited_frame]], or run again with --edited"
-    return [*written, f"wrote     {out / JOB}{last}"]
+    write_mp4(folder.path / PREVIEW, shown, clip.fps)
+    write_png(folder.path / SHEET, contact_sheet([shown]))
+    return [f"wrote     {folder.path / name}" for name in (PREVIEW, SHEET)]
 
 
-def job_toml(request: Request, frames: int) -> str:
-    """The job as TOML; paths are relative to its folder."""
-    lines = [f"source = {_path(request.source, request.out)}", f'mask = "{MASK}"', f"start = {request.start}",
-             f"frames = {frames}   # the mask is black beyond them"]  # fmt: skip
-    captions = (("caption", request.caption), ("edited_caption", request.edited_caption))
-    lines += [f"{key} = {json.dumps(words, ensure_ascii=False)}" for key, words in captions if words]
-    if request.edited:
-        lines += ["", "[[edited_frame]]", f"image = {_path(request.edited, request.out)}", "frame = 0"]
-    return "\n".join(lines) + "\n"
+def _write_tomls(folder: JobFolder, texts: Mapping[str, str]) -> list[str]:
+    gone = no_longer_there(folder, texts[JOB]) if JOB in texts else []
+    for name, text in texts.items():
+        folder.write_text(name, text)
+    lines = [f"wrote     {folder.path / name}" if name in texts else f"kept      {folder.path / name}, which is there already"
+             for name in (JOB, EDIT)]  # fmt: skip
+    if gone:
+        lines.append(f"note      {JOB} no longer has {', '.join(gone)}: this call does not give them")
+    return lines
 
 
-def _path(path: Path, folder: Path) -> str:
-    return json.dumps(os.path.relpath(path.resolve(), folder.resolve()), ensure_ascii=False)
+def _kept(folder: JobFolder) -> list[str]:
+    """A word on pictures that a person changed since they were written."""
+    if not folder.kept:
+        return []
+    more = f" and {len(folder.kept) - 5} more" if len(folder.kept) > 5 else ""
+    return [f"kept      {', '.join(folder.kept[:5])}{more} as changed by hand; --overwrite writes them anew"]
+
+
+def _next(request: Request, folder: JobFolder) -> list[str]:
+    """What to do now."""
+    out = folder.path
+    later = [] if max(request.edited, default=0) else [
+        "later     to guide how the edit looks later on, --frame N writes that frame too and --edited N:PICTURE takes its edit"
+    ]
+    if 0 not in request.edited:
+        region = "" if (out / JOB).exists() else ", or give the region with --box or --painted"
+        return [*later, f"next      edit {out / FRAME} with any image editor, keep its size, save it under another name, and "
+                f"run the same command with --edited PICTURE{region}"]  # fmt: skip
+    lines = [*_about_captions(out), *later, f"next      look at {out / SHEET} or {out / PREVIEW}, then:"]
+    if folder.is_ours(EDIT) and "ckpt_path" not in read_toml(out / EDIT)["model"]:
+        lines.append(f"          fill in ckpt_path in {out / EDIT}, or run the same command with --ckpt FOLDER")
+    return lines + [f"          {command}" for command in _commands(out / EDIT)]
+
+
+def _about_captions(out: Path) -> list[str]:
+    job = read_toml(out / JOB)
+    missing = [key for key in _CAPTIONS if key not in job and f"{key}_file" not in job]
+    if not missing:
+        return []
+    examples = " ".join(f'--{key} "{_CAPTIONS[key]}"' for key in missing)
+    return [f"note      no {' and no '.join(missing)}: say in one sentence who or what is seen, doing what, and where, e.g. "
+            f"{examples}; without captions prompts hold the trigger alone"]  # fmt: skip
+
+
+def _commands(config: Path) -> list[str]:
+    """Plan, training and edit, as they are typed in the working directory."""
+    root = Path(__file__).parents[2]
+    python, run = _here(Path(sys.executable)), ["--config", str(config)]
+    calls = (["train.py", *run, "--dry_run"], ["train.py", *run], ["inference.py", *run])
+    return [shlex.join([python, _here(root / verb), *rest]) for verb, *rest in calls]
+
+
+def _here(path: Path) -> str:
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

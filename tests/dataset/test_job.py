@@ -8,6 +8,7 @@ from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from media_makers import box_masks, cut_short, encode, picture_frames, write_folder, write_picture
@@ -362,6 +363,40 @@ def test_masks_of_another_size_are_never_stretched(folder):
 def test_coloured_masks_are_refused(folder):
     write_picture(folder / "red.png", np.full((48, 64, 3), (255, 0, 0), np.uint8))
     assert "mask 0 is coloured" in error_of(folder, mask="red.png")
+
+
+def layer(shape: np.ndarray, colour: int | tuple[int, ...], under: int = 0) -> np.ndarray:
+    """BGRA: a shape painted on a transparent layer, as image editors export it."""
+    picture = np.full((*shape.shape, 4), under, np.uint8)
+    picture[..., :3][shape > 0] = colour
+    picture[..., 3] = shape
+    return picture
+
+
+@pytest.mark.parametrize(("colour", "under"), [(255, 0), (0, 255), (0, 0), ((20, 30, 220), 0)])
+def test_a_shape_painted_on_a_transparent_layer_is_the_mask(folder, colour, under):
+    """In any one colour, with soft edges, whatever the file has under what is transparent; in a folder and as a still."""
+    shapes = box_masks(17)
+    shapes[:, 11, 16:32] = 100
+    assert cv2.imwrite(str(folder / "still.png"), layer(shapes[0], colour, under))
+    assert (load(folder, mask="still.png").grey_mask == shapes).all()
+    for index, shape in enumerate(shapes):
+        cv2.imwrite(str(folder / "masks" / f"{index:05d}.png"), layer(shape, colour, under))
+    assert (load(folder).grey_mask == shapes).all()
+
+
+def test_a_transparent_mask_of_several_colours_is_refused(folder):
+    picture = layer(box_masks(1)[0], 255)
+    picture[12:18, 16:32, :3] = 0
+    cv2.imwrite(str(folder / "still.png"), picture)
+    told = error_of(folder, mask="still.png")
+    assert "still.png: has transparent pixels and several colours" in told
+    assert "white on black without transparency" in told
+
+
+def test_a_job_without_a_caption_is_told_what_one_says(folder):
+    choices = load(folder, BASE.replace("caption", "# caption")).choices
+    assert any("in one sentence who or what is seen" in choice for choice in choices)
 
 
 def test_an_edited_frame_of_another_size(folder):

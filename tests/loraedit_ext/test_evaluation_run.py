@@ -15,6 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -162,6 +163,14 @@ def test_any_tools_files_are_judged(folder, tmp_path):
     assert out["motion_outside"]["value"] < 0.3 * out["motion_outside"]["beside"]
     assert out["seam_jump"]["value"] > 2 * out["seam_jump"]["beside"]
     assert (tmp_path / "out/report.html").is_file()
+
+
+def test_a_mask_may_have_its_shape_in_the_alpha_channel(folder, tmp_path):
+    layer = np.zeros((SIDE, SIDE, 4), np.uint8)
+    layer[BOX][..., 3] = 255
+    cv2.imwrite(str(tmp_path / "layer.png"), layer)
+    found = from_files(files(folder, mask=tmp_path / "layer.png"))
+    assert np.array_equal(found.preserve, from_files(files(folder)).preserve)
 
 
 def test_ground_truth_is_used_where_there_is_one(folder, edited, tmp_path):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,14 +13,16 @@ import pytest
 import prepare as verb
 from common.errors import UserError, UserErrors
 from dataset.images import read_image, write_png
-from dataset.job import load_job
+from dataset.job import EditJob, load_job
 from dataset.resize import Grid
 from dataset.video_writer import write_images
+from loraedit_ext.config import load_config
 from loraedit_ext.evaluation.rendering import render
 from loraedit_ext.evaluation.scenes import random_scene
 from loraedit_ext.prepare.difference import changed
-from loraedit_ext.prepare.job import Request, prepare
-from loraedit_ext.prepare.regions import from_box, from_picture, widened
+from loraedit_ext.prepare.job import prepare
+from loraedit_ext.prepare.regions import Box, from_box, from_picture, widened
+from loraedit_ext.prepare.request import Request
 from loraedit_ext.prepare.tracking import track
 
 ROOT = Path(__file__).parents[2]
@@ -132,10 +133,10 @@ def test_the_difference_finds_the_edit_under_the_traces_of_an_editor():
 
 def test_from_a_video_to_a_job_in_two_calls(folder):
     lines = prepare(request(folder))
-    assert "next      edit this picture" in lines[-1]
-    assert sorted(path.name for path in (folder / "job").iterdir()) == ["frame.png"]
+    assert lines[-1].startswith(f"next      edit {folder / 'job' / 'frame.png'} with any image editor")
+    assert sorted(path.name for path in (folder / "job").iterdir()) == [".prepare.json", "frame.png"]
     assert np.array_equal(read_image(folder / "job" / "frame.png"), read_image(folder / "source" / "00000.png"))
-    lines = prepare(request(folder, edited=folder / "edited.png", caption='a "red" disc', edited_caption="a blue disc"))
+    lines = prepare(request(folder, edited={0: folder / "edited.png"}, caption='a "red" disc', edited_caption="a blue disc"))
     assert not [line for line in lines if line.startswith("note")]
     job = load_job(folder / "job" / "job.toml", Grid())
     _, shapes = clip_of("translating")
@@ -143,7 +144,8 @@ def test_from_a_video_to_a_job_in_two_calls(folder):
     assert set(np.unique(job.grey_mask)) == {0, 255}
     assert (job.caption, job.first_edit.caption) == ('a "red" disc', "a blue disc")
     assert np.array_equal(job.first_edit.image, read_image(folder / "edited.png"))
-    assert {"preview.mp4", "preview.png", "mask", "frame.png", "job.toml"} <= {p.name for p in (folder / "job").iterdir()}
+    found = {path.name for path in (folder / "job").iterdir()}
+    assert {"preview.mp4", "preview.png", "mask", "frame.png", "job.toml", "edit.toml"} <= found
 
 
 def test_frames_outside_the_clip_have_black_masks_and_the_job_says_which_it_uses(folder):
@@ -159,7 +161,7 @@ def test_frames_outside_the_clip_have_black_masks_and_the_job_says_which_it_uses
 
 def test_an_edit_beyond_the_region_is_told(folder):
     left, top, width, height = box_of(clip_of("translating")[1][0])
-    lines = prepare(request(folder, edited=folder / "edited.png", boxes={0: (left, top, width // 3, height)}))
+    lines = prepare(request(folder, edited={0: folder / "edited.png"}, boxes={0: (left, top, width // 3, height)}))
     assert any("outside the mask" in line for line in lines)
 
 
@@ -171,16 +173,213 @@ def test_a_region_that_leaves_the_picture_is_told(folder):
     assert any("nothing is marked in frames 5-8: the region has left the picture" in line for line in lines), "\n".join(lines)
 
 
-def test_a_job_that_somebody_wrote_is_kept(folder):
+def job_of(folder: Path) -> EditJob:
+    return load_job(folder / "job" / "job.toml", Grid())
+
+
+def paint_over(folder: Path, name: str, value: int = 255) -> bytes:
+    """What a person does to a picture of the job's folder; returns its bytes."""
+    path = folder / "job" / name
+    write_png(path, np.full_like(read_image(path), value))
+    return path.read_bytes()
+
+
+def box_at(frame: int = 0) -> dict[int, Box]:
+    return {0: box_of(clip_of("translating")[1][frame])}
+
+
+def test_the_same_call_with_more_writes_the_job_anew(folder):
+    """What the first call advises: the edited picture and the captions of the second one are in the job."""
+    lines = prepare(request(folder, boxes=box_at()))
+    assert "run the same command with --edited PICTURE" in lines[-1]
+    prepare(request(folder, boxes=box_at(), edited={0: folder / "edited.png"}, caption="a disc", edited_caption="a square"))
+    assert job_of(folder).caption == "a disc"
+    assert job_of(folder).first_edit.caption == "a square"
+    lines = prepare(request(folder, boxes=box_at(6), start=6, frames=5, caption="a disc"))
+    assert (job_of(folder).start, len(job_of(folder).frames), job_of(folder).edited_frames) == (6, 5, ())
+    assert any(line.startswith("note") and "no longer has edited_caption, edited frame 0" in line for line in lines), lines
+
+
+def test_a_job_that_a_person_edited_is_refused_where_it_contradicts_the_call(folder):
+    prepare(request(folder, boxes=box_at()))
+    path = folder / "job" / "job.toml"
+    path.write_text(path.read_text().replace("frames = 13", "frames = 9") + 'size = [96, 96]\ncaption = "mine"\n')
+    before = {file: file.read_bytes() for file in (folder / "job").rglob("*") if file.is_file()}
+    with pytest.raises(UserError) as caught:
+        prepare(request(folder, boxes=box_at(3), start=4, frames=5, caption="theirs", edited={4: folder / "edited.png"}))
+    told = str(caught.value)
+    for words in ("job.toml", "start = 0; this call asks for 4", "frames = 9; this call asks for 5", "remove the file",
+                  'caption = "mine"; this call asks for "theirs"', 'image = "../edited.png", frame = 4'):  # fmt: skip
+        assert words in told
+    assert "source" not in told
+    assert "size" not in told
+    assert before == {file: file.read_bytes() for file in (folder / "job").rglob("*") if file.is_file()}
+
+
+def test_a_job_that_a_person_added_to_is_kept_where_it_says_what_the_call_asks_for(folder):
+    """Also one that prepare never wrote, and whatever way its paths are spelled."""
     (folder / "job").mkdir()
-    (folder / "job" / "job.toml").write_text("mine")
-    lines = prepare(request(folder, edited=folder / "edited.png"))
-    assert lines[-1].startswith("kept")
-    assert (folder / "job" / "job.toml").read_text() == "mine"
+    text = 'frames = 13\nsource = "../job/../source"\nmask = "./mask"\ncaption = "mine"\n'
+    text += '[[edited_frame]]\nimage = "../edited.png"\nframe = 0\n'
+    (folder / "job" / "job.toml").write_text(text)
+    lines = prepare(request(folder, edited={0: folder / "edited.png"}))
+    assert f"kept      {folder / 'job' / 'job.toml'}, which is there already" in lines
+    assert (folder / "job" / "job.toml").read_text() == text
+    assert job_of(folder).caption == "mine"
+
+
+def test_what_a_person_painted_is_kept_shown_and_told_unless_it_may_be_overwritten(folder):
+    asked = request(folder, edited={0: folder / "edited.png"})
+    prepare(asked)
+    preview = (folder / "job" / "preview.png").read_bytes()
+    painted = {name: paint_over(folder, name) for name in ("mask/00003.png", "frame.png")}
+    lines = prepare(replace(asked, margin=0.3))
+    assert "kept      frame.png, mask/00003.png as changed by hand; --overwrite writes them anew" in lines
+    assert painted == {name: (folder / "job" / name).read_bytes() for name in painted}
+    assert (job_of(folder).grey_mask[3] == 255).all()
+    assert (folder / "job" / "preview.png").read_bytes() != preview
+    assert any("to 100.0 %" in line for line in lines)
+    lines = prepare(replace(asked, overwrite=True))
+    assert not any("by hand" in line for line in lines)
+    assert (folder / "job" / "preview.png").read_bytes() == preview
+    assert not (job_of(folder).grey_mask[3] == 255).all()
+
+
+def test_a_frame_that_was_edited_in_place_is_the_edited_frame(folder):
+    """Also where pictures may be overwritten: it is what the call reads."""
+    prepare(request(folder))
+    path = folder / "job" / "frame.png"
+    path.write_bytes((folder / "edited.png").read_bytes())
+    for overwrite in (False, True):
+        prepare(request(folder, edited={0: path}, overwrite=overwrite))
+        assert path.read_bytes() == (folder / "edited.png").read_bytes()
+        assert np.array_equal(job_of(folder).first_edit.image, read_image(folder / "edited.png"))
+
+
+def test_masks_of_a_longer_source_go_and_a_strange_picture_is_told(folder):
+    prepare(request(folder, boxes=box_at(), frames=5))
+    (folder / "source" / "00012.png").unlink()
+    prepare(request(folder, boxes=box_at(), frames=5))
+    assert len(list((folder / "job" / "mask").iterdir())) == 12
+    (folder / "source" / "00011.png").unlink()
+    painted = paint_over(folder, "mask/00011.png")
+    with pytest.raises(UserError, match=r"00011\.png: is no mask of source, which has 11 frames"):
+        prepare(request(folder, boxes=box_at(), frames=5, overwrite=True))
+    assert (folder / "job" / "mask" / "00011.png").read_bytes() == painted
+
+
+def test_a_call_that_ends_early_does_not_take_its_own_files_for_a_persons(folder, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("loraedit_ext.prepare.job._write_previews", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(request(folder, boxes=box_at()))
+    monkeypatch.undo()
+    assert not [line for line in prepare(request(folder, boxes=box_at(2), margin=0.3)) if line.startswith("kept")]
+
+
+def test_a_damaged_record_is_told(folder):
+    prepare(request(folder))
+    (folder / "job" / ".prepare.json").write_text("{")
+    with pytest.raises(UserError, match=r"\.prepare\.json: could not be read .* Remove it"):
+        prepare(request(folder))
+
+
+@pytest.mark.parametrize("out", ["edited.png", "edited.png/job"])
+def test_a_folder_that_cannot_be_made_is_told(folder, out):
+    for boxes in ({}, box_at()):
+        with pytest.raises(UserError, match=r"edited\.png.*: could not be made .* Choose another --out"):
+            prepare(Request(folder / "source", folder / out, boxes=boxes))
+
+
+def test_later_frames_are_written_edited_and_shown(folder):
+    """Each edited picture also tells where the edit is in its frame."""
+    video, shapes = clip_of("translating")
+    lines = prepare(request(folder, pictures=(12, 0, 5)))
+    assert {path.name for path in (folder / "job").glob("*.png")} == {"frame.png", "frame_00005.png", "frame_00012.png"}
+    assert np.array_equal(read_image(folder / "job" / "frame_00012.png"), video[12])
+    assert "--edited N:PICTURE" in lines[-2]
+    later = video[12].copy()
+    later[shapes[12]] = 255 - later[shapes[12]]
+    write_png(folder / "later.png", later)
+    lines = prepare(request(folder, edited={12: folder / "later.png", 0: folder / "edited.png"}))
+    assert [line.split(":")[0] for line in lines if line.startswith("region")] == ["region    frame 0", "region    frame 12"]
+    job = job_of(folder)
+    assert not any("--edited N:PICTURE" in line for line in lines)
+    assert [edited.index for edited in job.edited_frames] == [0, 12]
+    assert np.array_equal(job.edited_frames[1].image, later)
+    assert ((job.grey_mask == 255) & shapes).sum() > 0.99 * shapes.sum()
+    lines = prepare(request(folder, boxes=box_at(), edited={12: folder / "edited.png", 0: folder / "edited.png"}))
+    assert any("the edited picture of frame 12 changes is outside the mask" in line for line in lines)
+
+
+def test_a_run_is_written_beside_the_job_with_the_commands_that_use_it(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    asked = request(folder, edited={0: folder / "edited.png"}, caption="a", edited_caption="b")
+    lines = prepare(asked)
+    config = folder / "job" / "edit.toml"
+    assert any("fill in ckpt_path" in line for line in lines)
+    assert load_config(config).model.ckpt_path is None
+    lines = prepare(replace(asked, ckpt=Path("weights"), model="hunyuan-video"))
+    assert [line.split()[1:] for line in lines[-3:]] == [
+        [str(ROOT / "train.py"), "--config", str(config), "--dry_run"], [str(ROOT / "train.py"), "--config", str(config)],
+        [str(ROOT / "inference.py"), "--config", str(config)],
+    ]  # fmt: skip
+    assert not any("fill in" in line for line in lines)
+    run = load_config(config)
+    assert (run.model.type, run.model.ckpt_path) == ("hunyuan-video", folder / "weights")
+    assert (run.output_dir, run.dataset) == (folder / "job" / "runs", folder / "job" / "job.toml")
+    text = config.read_text()
+    prepare(asked)
+    assert config.read_text() == text, "a call that does not name the model leaves the run alone"
+
+
+def test_the_lines_for_a_card_of_24_gb_are_keys_of_the_run(folder):
+    prepare(request(folder, edited={0: folder / "edited.png"}, ckpt=Path("/weights")))
+    config = folder / "job" / "edit.toml"
+    assert load_config(config).model.ckpt_path == Path("/weights")
+    config.write_text(re.sub(r"^# (\w+ = )", r"\1", config.read_text(), flags=re.MULTILINE))
+    run = load_config(config)
+    assert (run.activation_checkpointing, run.blocks_to_swap, run.model.transformer_dtype) == ("offload", 12, "float8")
+
+
+def test_a_run_that_a_person_edited_is_kept_or_refused(folder):
+    asked = request(folder, edited={0: folder / "edited.png"}, ckpt=Path("/weights"))
+    prepare(asked)
+    config = folder / "job" / "edit.toml"
+    config.write_text("seed = 7\n" + config.read_text())
+    prepare(asked)
+    assert config.read_text().startswith("seed = 7\n")
+    with pytest.raises(UserError) as caught:
+        prepare(replace(asked, ckpt=Path("/others"), model="hunyuan-video"))
+    assert 'model.type = "wan"; this call asks for "hunyuan-video"' in str(caught.value)
+    assert 'model.ckpt_path = "/weights"; this call asks for "/others"' in str(caught.value)
+
+
+def test_captions_are_asked_for(folder):
+    asked = request(folder, edited={0: folder / "edited.png"})
+    (line,) = [line for line in prepare(asked) if "no caption" in line]
+    assert "in one sentence who or what is seen" in line
+    assert '--caption "' in line
+    assert '--edited_caption "' in line
+    (line,) = [line for line in prepare(replace(asked, caption="a disc")) if "no edited_caption" in line]
+    assert "no caption" not in line
+    assert not any("caption:" in line for line in prepare(replace(asked, caption="a disc", edited_caption="a square")))
+
+
+def test_a_region_may_be_painted_in_one_colour_on_a_transparent_layer(folder):
+    shape = clip_of("translating")[1][0]
+    layer = np.zeros((SIZE, SIZE, 4), np.uint8)
+    layer[shape] = (0, 0, 0, 255)
+    cv2.imwrite(str(folder / "layer.png"), layer)
+    lines = prepare(request(folder, painted={0: folder / "layer.png"}))
+    left, top, width, height = box_of(shape)
+    assert f"region    frame 0: {width}x{height} at ({left}, {top})" in lines
 
 
 def test_the_same_call_again_writes_the_same(folder):
-    asked = request(folder, edited=folder / "edited.png")
+    asked = request(folder, edited={0: folder / "edited.png"})
     prepare(asked)
     files = {path: path.read_bytes() for path in (folder / "job" / "mask").iterdir()}
     prepare(asked)
@@ -192,6 +391,9 @@ def test_the_same_call_again_writes_the_same(folder):
     ({"frames": 17}, "has 13 frames, 13 from frame 0 on; expected at least 17"),
     ({"start": 10}, "has 13 frames, 3 from frame 10 on; expected at least 5"),
     ({"start": 13}, "expected at least 5"),
+    ({"start": -3}, "--start -3: must be 0 or more"),
+    ({"margin": -0.1}, "--margin -0.1: must be 0 or more"),
+    ({"pictures": (13,)}, "--frame 13: the clip has frames 0 to 12"),
     ({"boxes": {13: (0, 0, 9, 9)}}, "the clip has frames 0 to 12"),
     ({"boxes": {0: (SIZE, 0, 9, 9)}}, "marks nothing inside the picture of 192x192"),
     ({"painted": {0: Path("black.png")}}, "marks nothing"),
@@ -206,7 +408,7 @@ def test_what_cannot_be_done_is_told_with_the_cure(folder, change, words):
     write_png(folder / "small.png", np.full((20, 20, 3), 255, np.uint8))
     write_png(folder / "other.png", 255 - read_image(folder / "source" / "00000.png"))
     if "edited" in change:
-        change = {"edited": folder / change["edited"]}
+        change = {"edited": {0: folder / change["edited"]}}
     if "painted" in change:
         change = {"painted": {0: folder / change["painted"][0]}}
     with pytest.raises(UserError, match=words):
@@ -217,8 +419,8 @@ def test_what_cannot_be_done_is_told_with_the_cure(folder, change, words):
 def test_all_wrong_regions_are_told_at_once(folder):
     wrong = request(folder, boxes={20: (0, 0, 9, 9), 1: (500, 0, 9, 9)})
     with pytest.raises(UserErrors) as caught:
-        prepare(replace(wrong, painted={1: folder / "edited.png"}))
-    assert len(caught.value.messages) == 2
+        prepare(replace(wrong, painted={1: folder / "edited.png"}, edited={17: folder / "edited.png"}, pictures=(-1,)))
+    assert len(caught.value.messages) == 4
 
 
 def test_the_verb_takes_boxes_and_pictures_with_and_without_a_frame(folder, capsys):
@@ -235,10 +437,18 @@ def test_the_verb_takes_boxes_and_pictures_with_and_without_a_frame(folder, caps
     assert "nowhere.mp4: no such file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("box", ["1,2,3", "1,2,3,x", "1,2,0,4", "1,2,3,-4"])
-def test_a_box_that_is_none_is_refused_before_anything_is_read(box):
-    command = [sys.executable, "prepare.py", "--source", "x", "--out", "y", "--box", box]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "--box" in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("box", ["10,10", "1,2,3", "1,2,3,x", "x:1,2,3,4", "1,2,0,4", "1,2,3,-4"])
+def test_a_box_that_is_none_is_refused_before_anything_is_read(box, capsys):
+    with pytest.raises(SystemExit) as ended:
+        verb.main(["--source", "x", "--out", "y", "--box", box])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert f"--box: {box}: expected four whole numbers" in told or "must be positive" in told
+
+
+def test_two_regions_or_pictures_for_one_frame_are_told(folder, capsys):
+    common = ["--source", str(folder / "source"), "--out", str(folder / "job")]
+    assert verb.main([*common, "--box", "1,1,9,9", "--box", "0:2,2,9,9"]) == 2
+    assert "--box: given twice for frame 0" in capsys.readouterr().err
+    assert verb.main([*common, "--edited", "a.png", "--edited", "b.png"]) == 2
+    assert "--edited: given twice for frame 0" in capsys.readouterr().err

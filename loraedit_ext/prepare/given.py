@@ -1,0 +1,120 @@
+"""What a call brings, read and checked: the clip, edited pictures of its frames, and the regions to edit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import ErrorCollector, UserError
+from dataset.images import read_image, read_mask
+from dataset.job import check_mask, grey_levels
+from dataset.resize import Grid
+from dataset.schema import JobSettings
+from dataset.video import Video, read_media
+from loraedit_ext import masks
+from loraedit_ext.prepare.difference import changed
+from loraedit_ext.prepare.regions import Region, box_around, from_box, from_picture
+from loraedit_ext.prepare.request import Request
+
+MOST_CHANGED = 0.6
+"""Share of the picture above which a difference says nothing about a region."""
+_FRAMES = JobSettings.model_fields["max_frames"].default
+
+
+def read_clip(request: Request) -> Video:
+    """The frames that the job will use: 4n+1 of them, as both families ask.
+
+    Raises:
+        UserError: the source cannot be read or has too few frames.
+    """
+    grid = Grid()
+    if request.frames is not None and not grid.takes_frames(request.frames):
+        near = " or ".join(map(str, grid.nearest_frames(request.frames)))
+        raise UserError(f"--frames {request.frames}: must be {grid.frame_step}n+1 with n >= 1; nearest: {near}.")
+    read = read_media(request.source, request.start, request.frames or _FRAMES)
+    used = request.frames or grid.frames_below(max(1, len(read.frames)))
+    if len(read.frames) < used or not grid.takes_frames(used):
+        raise UserError(f"{request.source}: has {read.total} frames, {len(read.frames)} from frame {request.start} on; "
+                        f"expected at least {request.frames or grid.frame_step + 1}.")  # fmt: skip
+    return replace(read, frames=read.frames[:used], times=read.times[:used])
+
+
+def read_given(request: Request, clip: Video) -> tuple[dict[int, np.ndarray], dict[int, Region]]:
+    """Edited pictures, uint8 (H, W, 3), and the regions to edit, by frame of the clip.
+
+    Regions that the person drew hold; without any, each edited picture shows its own.
+
+    Raises:
+        UserError: all that does not fit the clip, together; or a picture does not tell where its edit is.
+    """
+    errors, edited, drawn = ErrorCollector(), {}, {}
+    for frame in request.pictures:
+        with errors.catch():
+            _check_frame(f"--frame {frame}", frame, clip)
+    for frame, path in sorted(request.edited.items()):
+        with errors.catch():
+            _check_frame(f"edited picture of frame {frame}", frame, clip)
+            edited[frame] = _edited_picture(path, clip)
+    for frame in sorted({*request.boxes, *request.painted}):
+        with errors.catch():
+            _check_frame(f"region of frame {frame}", frame, clip)
+            drawn[frame] = _drawn(request, clip, frame)
+    errors.raise_if_any()
+    return edited, drawn or {frame: _region_of_edit(request, clip, frame, picture) for frame, picture in edited.items()}
+
+
+def _check_frame(what: str, frame: int, clip: Video) -> None:
+    if not 0 <= frame < len(clip.frames):
+        raise UserError(f"{what}: the clip has frames 0 to {len(clip.frames) - 1}, counted from --start.")
+
+
+def _edited_picture(path: Path, clip: Video) -> np.ndarray:
+    picture = read_image(path)
+    if picture.shape != clip.frames[0].shape:
+        height, width = picture.shape[:2]
+        raise UserError(f"{path}: is {width}x{height}, expected {clip.size[0]}x{clip.size[1]} as {clip.path.name}. "
+                        "Export it at that size.")  # fmt: skip
+    return picture
+
+
+def _drawn(request: Request, clip: Video, frame: int) -> Region:
+    """The box or the painted picture of a frame."""
+    size = clip.frames.shape[1:3]
+    if frame in request.boxes and frame in request.painted:
+        raise UserError(f"region of frame {frame}: given as a box and as a picture. Keep one.")
+    if frame in request.boxes:
+        region, what = from_box(request.boxes[frame], size), f"box of frame {frame}"
+    else:
+        path = request.painted[frame]
+        region, what = from_picture(read_grey(path, clip) >= masks.THRESHOLD), str(path)
+    if not region.shape.any():
+        raise UserError(f"{what}: marks nothing inside the picture of {clip.size[0]}x{clip.size[1]} pixels.")
+    return region
+
+
+def read_grey(path: Path, clip: Video) -> np.ndarray:
+    """A mask picture of the clip's size as uint8 (H, W).
+
+    Raises:
+        UserError: it cannot be read, is coloured, or has another size.
+    """
+    picture = read_mask(path)
+    check_mask(path, picture.shape[1::-1], None, clip)
+    return grey_levels(path, picture[None])[0]
+
+
+def _region_of_edit(request: Request, clip: Video, frame: int, edited: np.ndarray) -> Region:
+    """A box around all that an edited picture changes."""
+    touched = changed(clip.frames[frame], edited)
+    share, path = float(touched.mean()), request.edited[frame]
+    whose = f"frame {clip.first + frame} of {clip.path.name}"
+    if not share:
+        raise UserError(f"{path}: does not differ from {whose}. Is it another frame's edit (--start, --edited FRAME:PICTURE), "
+                        "or not edited yet? Else give the region with --box.")  # fmt: skip
+    if share > MOST_CHANGED:
+        raise UserError(f"{path}: differs from {whose} in {share:.0%} of the picture, so it does not tell where the edit is. "
+                        "Give the region with --box or --painted.")  # fmt: skip
+    return from_box(box_around(touched), touched.shape)
+

@@ -1,0 +1,79 @@
+"""What a person asks of prepare.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from common.errors import ErrorCollector, UserError
+from loraedit_ext.config import Family
+from loraedit_ext.prepare.regions import Box
+
+MARGIN = 0.1
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call. Frames of the clip are counted from `start`.
+
+    Attributes:
+        source: the video to edit, or a folder of images.
+        out: the job's folder.
+        edited: frame of the clip -> its edited picture; without any they are still to be made.
+        pictures: frames of the clip to write as pictures, besides frame 0.
+        boxes: frame of the clip -> region drawn as a box.
+        painted: frame of the clip -> region painted as a picture, white = edit.
+        margin: share of the region's size by which the mask is wider on every side.
+        start: source frame that is the clip's frame 0.
+        frames: length of the clip; None: what a job takes by default.
+        caption, edited_caption: for job.toml.
+        model: family of the model, for edit.toml; None: Wan, or what edit.toml says already.
+        ckpt: folder of its weights, for edit.toml.
+        overwrite: pictures that were changed by hand may be replaced.
+    """
+
+    source: Path
+    out: Path
+    edited: Mapping[int, Path] = field(default_factory=dict)
+    pictures: tuple[int, ...] = ()
+    boxes: Mapping[int, Box] = field(default_factory=dict)
+    painted: Mapping[int, Path] = field(default_factory=dict)
+    margin: float = MARGIN
+    start: int = 0
+    frames: int | None = None
+    caption: str | None = None
+    edited_caption: str | None = None
+    model: Family | None = None
+    ckpt: Path | None = None
+    overwrite: bool = False
+
+    def check(self) -> None:
+        """What can be told before the source is read.
+
+        Raises:
+            UserError: numbers that mean nothing.
+        """
+        errors = ErrorCollector()
+        if self.start < 0:
+            errors.add(f"--start {self.start}: must be 0 or more; source frames are counted from 0.")
+        if not 0 <= self.margin < float("inf"):
+            errors.add(f"--margin {self.margin:g}: must be 0 or more, a share of the region's size.")
+        errors.raise_if_any()
+
+
+def by_frame(flag: str, pairs: Iterable[tuple[int, T]]) -> dict[int, T]:
+    """What a flag gave, by frame of the clip.
+
+    Raises:
+        UserError: it was given twice for one frame.
+    """
+    found: dict[int, T] = {}
+    for frame, value in pairs:
+        if frame in found:
+            raise UserError(f"{flag}: given twice for frame {frame}; expected once. Keep one, or name the other's frame: "
+                            f"{flag} FRAME:...")  # fmt: skip
+        found[frame] = value
+    return found
