@@ -6,6 +6,7 @@ Metric names are diffusion-pipe's: `train/loss`, `train/grad_norm`, `<regime>/lo
 from __future__ import annotations
 
 import json
+import logging
 import os
 import uuid
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ import numpy as np
 from common.errors import UserError
 from common.files import write_text_atomic
 from loraedit_ext.config import MonitoringSettings
+
+_log = logging.getLogger(__name__)
 
 JSONL = "metrics.jsonl"
 WANDB_ID = "wandb_run_id"
@@ -57,8 +60,8 @@ class JsonlTracker:
 
     def _forget_after(self, step: int) -> None:
         """A resumed run repeats the steps behind its checkpoint; their first account is dropped."""
-        kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        write_text_atomic(self.path, "".join(line + "\n" for line in kept))
+        kept = [row for row in history(self.path.parent) if row["step"] <= step]
+        write_text_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def log(self, step: int, values: dict[str, float]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
@@ -172,9 +175,22 @@ def wandb_enabled(settings: MonitoringSettings) -> bool:
 
 
 def history(run: Path) -> list[dict[str, float]]:
-    """The rows of metrics.jsonl, oldest first; none where nothing was logged."""
+    """The rows of metrics.jsonl, oldest first; none where nothing was logged.
+
+    Raises:
+        UserError: a line is damaged. The last one is left out with a warning instead: a process that is killed cuts it.
+    """
     path = run / JSONL
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"{path}, line {number}: not JSON ({error}). Remove the line, or the whole file.") from error
+            _log.warning("%s: the last line is cut off and left out: %.60s", path, line)
+    return rows
 
 
 class Trackers:

@@ -146,16 +146,18 @@ def _load_layer(path: Path, weights: Mapping[str, nn.Parameter], optimizer: torc
                 "The checkpoint is of another model or adapter.rank."
             )
         parameter.data.copy_(value)
-        state = {key: _place(value, key, parameter) for key, value in _under(name, entries).items() if key != "weight"}
-        optimizer.state[parameter] = state
+        values = {key: value for key, value in _under(name, entries).items() if key != "weight"}
+        group = optimizer.param_groups[0]
+        optimizer.state[parameter] = {key: _place(value, key, parameter, group) for key, value in values.items()}
 
 
 def _under(prefix: str, entries: Mapping[str, Any]) -> dict[str, Any]:
     return {k.removeprefix(f"{prefix}/"): v for k, v in entries.items() if k.startswith(f"{prefix}/")}
 
 
-def _place(value: Any, key: str, parameter: nn.Parameter) -> Any:
-    """Optimizer tensors live with their weight, except step counters, which torch keeps on the CPU."""
-    if not isinstance(value, torch.Tensor) or key == "step":
+def _place(value: Any, key: str, parameter: nn.Parameter, group: Mapping[str, Any]) -> Any:
+    """Optimizer tensors live with their weight; step counters on the CPU unless the kernels read them, as torch has it."""
+    if not isinstance(value, torch.Tensor):
         return value
-    return value.to(parameter.device)
+    counted_on_host = key == "step" and not (group.get("capturable") or group.get("fused"))
+    return value if counted_on_host else value.to(parameter.device)

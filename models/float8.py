@@ -20,10 +20,12 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """An 8-bit weight (out, in) in a working dtype, times its scale: one number or one per row, fp32."""
-    if scale is None:
-        return weight.to(dtype)
-    return (weight.float() * (scale if scale.numel() == 1 else scale.view(-1, 1))).to(dtype)
+    """An 8-bit weight (out, in) in a working dtype, times its scale: one number or one per row, fp32.
+
+    In place: a working dtype holds every 8-bit number, and a product with an fp32 tensor is computed in fp32 and rounded once.
+    """
+    upcast = weight.to(dtype)
+    return upcast if scale is None else upcast.mul_(scale.view(-1, 1))
 
 
 class _Upcast(torch.autograd.Function):

@@ -26,7 +26,7 @@ from loraedit_ext.evaluation.catalogue import BY_KEY
 from loraedit_ext.evaluation.charts import Series, line_chart
 from loraedit_ext.evaluation.judge import Evaluation
 from loraedit_ext.evaluation.subject import Subject
-from loraedit_ext.metrics import JSONL
+from loraedit_ext.metrics import history
 from loraedit_ext.run import CONFIG_COPY
 
 PAGE, TEMPLATE, VIDEOS = "report.html", "report.html.j2", "report_videos"
@@ -146,9 +146,8 @@ def _groups(evaluation: Evaluation) -> list[tuple[str, list[Any]]]:
 
 def loss_chart(run: Path | None) -> Markup | None:
     """Training and evaluation losses from the run's metrics.jsonl, or None where there are none."""
-    if run is None or not (run / JSONL).is_file():
+    if run is None or not (rows := history(run)):
         return None
-    rows = [json.loads(line) for line in (run / JSONL).read_text(encoding="utf-8").splitlines()]
     series = [_column(rows, "train/loss", Series("training loss, each step", [], [], faint=True))]
     regimes = sorted({key.removesuffix("/loss") for row in rows for key in row if key.endswith("/loss")} - {"train"})
     for colour, regime in enumerate(regimes, 1):

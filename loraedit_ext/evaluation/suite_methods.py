@@ -19,7 +19,7 @@ from loraedit_ext.config import RunConfig, StageSettings, load_config
 from loraedit_ext.editor import Editor
 from loraedit_ext.evaluation import suite_baselines as baselines
 from loraedit_ext.evaluation.suite_tasks import TaskMedia
-from loraedit_ext.metrics import JSONL
+from loraedit_ext.metrics import history
 from loraedit_ext.regimes import EditCondition
 from loraedit_ext.state import LATEST
 
@@ -196,8 +196,7 @@ def train(config: RunConfig) -> Path:
 
 def training_seconds(run_folder: Path) -> float:
     """Seconds of all steps of a run, its earlier stages included."""
-    rows = (json.loads(line) for line in (run_folder / JSONL).read_text(encoding="utf-8").splitlines())
-    return sum(row.get("train/step_seconds", 0.0) for row in rows)
+    return sum(row.get("train/step_seconds", 0.0) for row in history(run_folder))
 
 
 def forget_runs(folder: Path, seed: int) -> None:

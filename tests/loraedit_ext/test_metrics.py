@@ -7,9 +7,10 @@ import time
 
 import pytest
 
+from common.errors import UserError
 from loraedit_ext import launch
 from loraedit_ext.config import MonitoringSettings, load_config
-from loraedit_ext.metrics import JsonlTracker, summarise
+from loraedit_ext.metrics import JsonlTracker, history, summarise
 
 WANDB = ["monitoring.enable_wandb=true", "monitoring.wandb_mode=offline", "monitoring.wandb_tags=['helmet']"]
 SECRET = "0123456789abcdef0123456789abcdef01234567"
@@ -26,6 +27,22 @@ def test_a_resumed_jsonl_drops_what_came_after_the_checkpoint(tmp_path):
     JsonlTracker(tmp_path, 2).log(3, {"train/loss": 9.0})
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["train/loss"]) for row in rows] == [(1, 0.1), (2, 0.2), (3, 9.0)]
+
+
+def test_a_last_line_that_a_killed_run_left_half_written_is_dropped_and_told(tmp_path, caplog):
+    JsonlTracker(tmp_path, 0).log(1, {"train/loss": 0.1})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 2, "train/lo')
+    assert history(tmp_path) == [{"step": 1, "train/loss": 0.1}]
+    assert f'{path}: the last line is cut off and left out: {{"step": 2, "train/lo' in caplog.text
+    JsonlTracker(tmp_path, 1).log(2, {"train/loss": 0.3})
+    assert [row["train/loss"] for row in history(tmp_path)] == [0.1, 0.3]
+
+
+def test_a_damaged_line_before_the_last_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: not JSON"):
+        history(tmp_path)
 
 
 def test_tensorboard_holds_what_the_jsonl_holds(edit_folder):

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from common.errors import UserError
 from dataset.images import read_image, write_png
-from loraedit_ext import launch, metrics, plan
+from loraedit_ext import launch, metrics, plan, state
 from loraedit_ext import run as runs
 from loraedit_ext.config import load_config
+from loraedit_ext.pipeline import World
 
 
 def train(folder, *overrides):
@@ -296,6 +297,23 @@ def test_a_damaged_checkpoint_is_named(edit_folder, damage):
     path.write_bytes(path.read_bytes()[:100]) if damage == "truncated" else path.unlink()
     with pytest.raises(UserError, match=r"layer_002\.safetensors: unreadable training state"):
         train(edit_folder, "resume_from_checkpoint=true", "stage.1.steps=9")
+
+
+@pytest.mark.parametrize(("setting", "home"), [({}, "cpu"), ({"capturable": True}, "meta"), ({"fused": True}, "meta")])
+def test_a_step_counter_resumes_where_the_optimizers_kernels_look_for_it(tmp_path, setting, home):
+    """`meta` stands for the weights' device."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    before = torch.optim.AdamW([weight])
+    weight.sum().backward()
+    before.step()
+    state.save(tmp_path, 1, {0: {"w": weight}}, before, True, World(0, 0, 1, torch.device("cpu")), {})
+    there = torch.nn.Parameter(torch.ones(2, device="meta"))
+    after = torch.optim.AdamW([there])
+    after.param_groups[0] |= setting
+    state.load(tmp_path / "global_step1", {0: {"w": there}}, after)
+    assert {key: value.device.type for key, value in after.state[there].items()} == {
+        "step": home, "exp_avg": "meta", "exp_avg_sq": "meta",
+    }
 
 
 def test_nothing_to_resume_is_told_with_what_is_there(edit_folder):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from wan_parts import GOLDEN_CONFIG, golden_weights
 
 from models.checkpoint import open_tensors
@@ -43,6 +44,35 @@ def test_output_and_gradient_are_those_of_the_upcast_weight(scale, dtype):
     out.square().sum().backward()
     reference.square().sum().backward()
     assert torch.equal(ours.grad, theirs.grad)
+
+
+SCALES = [torch.tensor(0.3), torch.tensor([0.3]), torch.tensor([[0.3]]), torch.rand(24) + 0.1, torch.rand(24, 1) + 0.1]
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=lambda scale: str(tuple(scale.shape)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", [E4M3, torch.float8_e5m2])
+def test_a_weight_is_scaled_in_fp32_and_rounded_once(stored, dtype, scale):
+    weight = (torch.randn(24, 16, generator=torch.Generator().manual_seed(0)) * 50).to(stored)
+    rows = scale if scale.numel() == 1 else scale.view(-1, 1)
+    assert torch.equal(dequantise(weight, scale, dtype), (weight.float() * rows).to(dtype))
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes that one operation has returned."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        self.nbytes = max(self.nbytes, found.nbytes)
+        return found
+
+
+def test_upcasting_makes_no_fp32_copy_on_the_way():
+    with Largest() as largest:
+        dequantise(torch.zeros(24, 16, dtype=E4M3), torch.rand(24, 1), torch.bfloat16)
+    assert largest.nbytes == 24 * 16 * 2
 
 
 def test_it_computes_in_the_autocast_dtype():
