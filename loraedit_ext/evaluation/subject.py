@@ -70,18 +70,19 @@ class Subject:
 
 
 def newest_edit(config: RunConfig) -> Path:
-    """The edit of the newest LoRA in output_dir.
+    """The edit that the newest LoRA in output_dir made last.
 
     Raises:
         UserError: that LoRA has made no edit yet.
     """
-    folder = runs.newest_lora(config.output_dir).parent / "edit"
-    if not (folder / results.RECORD).is_file():
+    adapter = runs.newest_lora(config.output_dir)
+    found = results.all_beside(adapter)
+    if not found:
         raise UserError(
-            f"{folder}: no {results.RECORD} in it, so the newest LoRA has made no edit yet. "
+            f"{adapter.parent / results.FOLDER}: no {results.RECORD} in it, so the newest LoRA has made no edit yet. "
             "Run inference.py first, or give --edit FOLDER."
         )
-    return folder
+    return found[-1]
 
 
 def from_edit(config: RunConfig, folder: Path) -> Subject:

@@ -159,3 +159,30 @@ def test_files_that_changed_while_the_model_worked_are_told_and_its_work_is_kept
         results.write(folder / "edit", Edit(job.frames, job.frames, {}), job, config,
                       LoraFile(folder / "adapter_model.safetensors", {}, {}))
     assert (read_media(folder / "edit/generated.mkv").frames == job.frames).all()
+
+
+def test_a_result_of_other_settings_is_not_written_over(folder):
+    job = load_job(folder / "job.toml", Grid())
+    adapter = LoraFile(folder / "step2/adapter_model.safetensors", {}, {})
+    adapter.path.parent.mkdir()
+    adapter.path.write_bytes(b"weights")
+
+    def edit(*overrides):
+        config = load_config(folder / "edit.toml", overrides)
+        there = results.folder_beside(job, config, adapter)
+        results.write(there, Edit(job.frames, job.frames, {}), job, config, adapter)
+        assert results.all_beside(adapter.path)[-1] == there
+        return there.name
+
+    assert edit() == "edit"
+    assert edit("edit.seed=43") == "edit_2"
+    assert edit("edit.source_guidance=2") == "edit_3"
+    assert edit("edit.seed=43") == "edit_2"
+    assert edit("optimizer.lr=1") == "edit", "training alone"
+    adapter.path.write_bytes(b"other weights")
+    assert edit() == "edit_4"
+    job = load_job(folder / "job.toml", Grid(), {"edited_caption": "another"})
+    assert edit() == "edit_5"
+    (folder / "step2/edit/edited.json").write_text("cut off {")
+    assert edit("edit.steps=3") == "edit_6"
+    assert len(results.all_beside(adapter.path)) == 6
