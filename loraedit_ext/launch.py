@@ -166,7 +166,7 @@ def edit(config: RunConfig, lora_path: Path | None, out: Path | None) -> Path:
     print(plan.describe_result(job, config.edit), flush=True)
     for extra, strength in stacked:
         print(f"stacked   {extra.path} ({extra.layout} names), strength {strength:g}", flush=True)
-    result = Editor(config, model, adapter, device, stacked).edit(job)
+    result = Editor(config, model, adapter, device, cache_of(config), stacked).edit(job)
     folder = out or folder_beside(job, config, adapter)
     if not out and folder.name != FOLDER:
         print(f"note      {FOLDER} holds a result of other settings and stays; this one goes to {folder.name}", flush=True)
