@@ -17,7 +17,7 @@ import numpy as np
 from common.errors import ErrorCollector, UserError
 from common.files import hash_json
 from dataset import images
-from dataset.resize import Fit, Grid, Size, fit
+from dataset.resize import Fit, Grid, Size, Window, fit
 from dataset.schema import EditedFrameSettings, JobSettings, load_job_settings
 from dataset.video import Video, hash_media, nice_rate, read_media
 
@@ -189,8 +189,8 @@ class _Loader:
         caption = self._words(settings, "")
         source = self._source()
         count = self._count(source) if source else 0
-        fitted = self._fit(source) if source else None
         mask = self._mask(source, count)
+        fitted = self._fit(source, mask) if source else None
         edits = self._edits(source, fitted, count, caption)
         clips = self._clips(count)
         self.errors.raise_if_any()
@@ -318,23 +318,48 @@ class _Loader:
                   f"{source.total - count} of {source.total} unused")
         return count
 
-    def _fit(self, source: Video) -> Fit:
-        size = self.settings.size or self.grid.default_size(source.size)
-        fitted = fit(source.size, size)
+    def _window(self, source: Video, mask: np.ndarray | None) -> Window:
+        """The part of the source that is used."""
+        crop, (width, height) = self.settings.crop, source.size
+        if crop == "mask":
+            marked = (0, 0, width, height) if mask is None else _marked(mask)
+            return self.grid.window(marked, source.size)
+        if crop is None:
+            return (0, 0, width, height)
+        if crop[0] + crop[2] > width or crop[1] + crop[3] > height:
+            self._fail(f"`crop` = {list(crop)}: [left, top, width, height] reaches beyond {source.path.name}, which is "
+                       f"{width}x{height}.")
+            return (0, 0, width, height)
+        return crop
+
+    def _fit(self, source: Video, mask: np.ndarray | None) -> Fit:
+        window = self._window(source, mask)
+        size = self.settings.size or self.grid.default_size(window[2:])
+        fitted = fit(source.size, size, window)
         sx, sy = fitted.factors
         why = "as `size` asks" if self.settings.size else (
             "the source's own" if size == source.size
+            else "the crop's own" if size == window[2:]
             else f"nearest to its aspect in multiples of {self.grid.size_step} "
             f"up to {self.grid.max_area} pixels"
         )
         self._say(f"works at {size[0]}x{size[1]} ({why}); scaled by {sx:.4g} and {sy:.4g}")
         if fitted.cropped:
-            (left, top), (width, height) = fitted.offset, fitted.crop
-            self._say(f"another aspect than the source: frames, mask and edited frames are cut to the centre "
-                      f"{width}x{height} at ({left}, {top})")
+            self._say_cropped(fitted, window, mask)
         if size[0] * size[1] > self.grid.max_area:
             self._say(f"{size[0] * size[1]} pixels a frame, more than the model's usual {self.grid.max_area}")
         return fitted
+
+    def _say_cropped(self, fitted: Fit, window: Window, mask: np.ndarray | None) -> None:
+        (left, top), (width, height) = fitted.offset, fitted.crop
+        why = "another aspect than the source" if window == (0, 0, *fitted.source) else f"`crop` = {self.settings.crop!r}"
+        self._say(f"{why}: frames, mask and edited frames are cut to {width}x{height} at ({left}, {top})")
+        if mask is None:
+            return
+        bright = _bright(mask)
+        inside = sum(int(np.count_nonzero(fitted.cut(marks))) for marks in bright)
+        if lost := 1 - inside / max(1, np.count_nonzero(bright)):
+            self._say(f"{lost:.1%} of what the mask marks lies outside of that and stays as it is")
 
     def _mask(self, source: Video | None, count: int) -> np.ndarray | None:
         """uint8 (count, H, W) at the source's size, or None with an error."""
@@ -416,6 +441,21 @@ class _Loader:
         spans = ", ".join(f"{clip.start}-{clip.stop - 1}" for clip in clips)
         self._say(f"trains on {len(clips)} overlapping clips of {length} frames: {spans}")
         return clips
+
+
+def _bright(mask: np.ndarray) -> np.ndarray:
+    """Where a mask is clearly meant: a compressed one has some light everywhere."""
+    return mask > mask.max() // 2
+
+
+def _marked(mask: np.ndarray) -> Window:
+    """The box around all that a mask (F, H, W) marks in any frame; all of the picture if nothing is marked."""
+    touched = _bright(mask).any(0)
+    rows, columns = np.flatnonzero(touched.any(1)), np.flatnonzero(touched.any(0))
+    if not len(rows):
+        return (0, 0, mask.shape[2], mask.shape[1])
+    left, top = int(columns[0]), int(rows[0])
+    return left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top
 
 
 def read_masks(path: Path, start: int, every: int, count: int) -> Video:

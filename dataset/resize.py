@@ -5,6 +5,7 @@ Axes: F frames, H W pixels.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import cv2
@@ -13,8 +14,17 @@ import numpy as np
 Size = tuple[int, int]
 """(width, height) in pixels."""
 
+Window = tuple[int, int, int, int]
+"""(left, top, width, height) in pixels of the source."""
+
 MAX_STRETCH = 0.02
 """A change of aspect up to this is stretched, a larger one is cropped."""
+
+
+_AROUND = 0.25
+"""Of a box's sides, how much of its surroundings a window shows on every side."""
+_LONGEST = 16 / 9
+"""Aspect up to which a window follows a long box."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,28 @@ class Grid:
         ]
         return min(candidates, key=lambda size: _distance(size, source, scale))
 
+    def window(self, box: Window, source: Size) -> Window:
+        """A part of the source around a box, at least as large as the model's pictures, so that nothing need be scaled up.
+
+        Its sides are on the grid where the source and the box leave room for that, so that it need not be scaled at all.
+        """
+        width, height = (side * (1 + 2 * _AROUND) for side in box[2:])
+        width, height = max(width, height / _LONGEST), max(height, width / _LONGEST)
+        area, aspect = max(width * height, self.max_area), width / height
+        width = min(source[0], (area * aspect) ** 0.5)
+        height = min(source[1], area / width)
+        width = min(source[0], area / height)
+        sides = [self._side(least, wanted, most) for least, wanted, most in zip(box[2:], (width, height), source, strict=True)]
+        starts = [
+            min(max(0, start + (inner - side) // 2), most - side)
+            for start, inner, side, most in zip(box[:2], box[2:], sides, source, strict=True)
+        ]
+        return starts[0], starts[1], sides[0], sides[1]
+
+    def _side(self, least: int, wanted: float, most: int) -> int:
+        down = int(wanted + 1e-6) // self.size_step * self.size_step
+        return down if down >= max(least, self.size_step) else min(most, max(least, math.ceil(wanted)))
+
     def nearest_sizes(self, size: Size) -> list[Size]:
         """The sizes on the grid around one that is not: rounded down and up."""
         step = self.size_step
@@ -76,7 +108,7 @@ def _distance(size: Size, source: Size, scale: float) -> float:
 
 @dataclass(frozen=True)
 class Fit:
-    """A centred crop of the source and the size that it is scaled to."""
+    """A crop of the source and the size that it is scaled to."""
 
     source: Size
     offset: tuple[int, int]
@@ -119,14 +151,19 @@ class Fit:
         return image[top : top + height, left : left + width]
 
 
-def fit(source: Size, size: Size) -> Fit:
-    """Scale `source` to `size`, after a centred crop where the aspect changes by more than 2 %."""
-    width, height = source
+def fit(source: Size, size: Size, window: Window | None = None) -> Fit:
+    """Scale `source` to `size`, after a centred crop where the aspect changes by more than 2 %.
+
+    Args:
+        window: the part of the source that is used; default: all of it.
+    """
+    left, top, width, height = window or (0, 0, *source)
+    right, bottom = left + width, top + height
     stretch = size[0] * height / (size[1] * width)
     if abs(stretch - 1) > MAX_STRETCH:
         width = max(1, round(width * min(1.0, stretch)))
         height = max(1, round(height * min(1.0, 1 / stretch)))
-    offset = ((source[0] - width) // 2, (source[1] - height) // 2)
+    offset = ((left + right - width) // 2, (top + bottom - height) // 2)
     return Fit(source, offset, (width, height), size)
 
 

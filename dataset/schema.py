@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, StringConstraints, model_validator
 
@@ -64,6 +64,9 @@ class JobSettings(Settings):
     """The special token p* (paper section 3.3) that starts every prompt of this job."""
     size: tuple[Count, Count] | None = None
     """[width, height] to work at; default: the source's own, or the nearest that the model can take."""
+    crop: Literal["mask"] | tuple[Index, Index, Count, Count] | None = None
+    """Work on a part of the picture: [left, top, width, height] in the source's pixels, or "mask", a part around all that is
+    marked. The result is the whole picture all the same. For small regions of large pictures, see docs/editing.md."""
     start: Index = 0
     """Index of the first source frame to use."""
     every: Count = 1

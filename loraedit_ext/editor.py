@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from common.files import hash_file
+from dataset.cache import LatentCache
 from dataset.job import EditJob
 from loraedit_ext import guidance, lora, masks, regimes
 from loraedit_ext.config import RunConfig
-from loraedit_ext.encode import encode
-from loraedit_ext.pipeline import autocast
+from loraedit_ext.encode import encode_all
+from loraedit_ext.pipeline import World, autocast
 from loraedit_ext.sampling import Forward, finished, sample_latents
 from models.base import I2VModel
 
@@ -40,14 +41,15 @@ class Editor:
         model: the masked model.
         adapter: the LoRA, or None for the bare model.
         device: where the transformer runs.
+        cache: of what the frozen encoders say, so that another seed or guidance does not load them again.
         stacked: LoRAs on top of it, each with its strength.
     """
 
     def __init__(
-        self, config: RunConfig, model: I2VModel, adapter: lora.LoraFile | None, device: torch.device,
+        self, config: RunConfig, model: I2VModel, adapter: lora.LoraFile | None, device: torch.device, cache: LatentCache,
         stacked: Sequence[tuple[lora.LoraFile, float]] = (),
     ) -> None:
-        self.config, self.model, self.adapter, self.device = config, model, adapter, device
+        self.config, self.model, self.adapter, self.device, self.cache = config, model, adapter, device, cache
         self.stack = [*([(adapter, config.edit.lora_strength)] if adapter else []), *stacked]
 
     def edit(self, job: EditJob) -> Edit:
@@ -55,8 +57,8 @@ class Editor:
         started = time.perf_counter()
         settings = self.config.edit
         passes = guidance.passes(job, settings, self.config.mask_rule)
-        told = guidance.told(passes, {each.sample.name: encode(self.model, each.sample) for each in passes})
-        self.model.free_encoders()
+        samples, alone = [each.sample for each in passes], World(0, 0, 1, self.device)
+        told = guidance.told(passes, encode_all(self.model, samples, self.cache, self.config.mask_rule, alone))
         shape = self.model.geometry.latent_shape(*job.frames.shape[:3])
         forward = self._forward(self._load_transformer())
         latents = sample_latents(self.model, forward, told, shape, settings, self.device, "editing")

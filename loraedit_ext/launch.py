@@ -148,13 +148,14 @@ def edit(config: RunConfig, lora_path: Path | None, out: Path | None) -> Path:
 
     Args:
         lora_path: default: the newest LoRA in output_dir.
-        out: folder to write to; default: `edit` beside the LoRA.
+        out: folder to write to, whatever it holds; default: `edit` beside the LoRA, or `edit_2` and so on where that holds a
+            result of other settings.
 
     Returns:
         The folder.
     """
     from loraedit_ext.editor import Editor, check_lora
-    from loraedit_ext.results import write
+    from loraedit_ext.results import FOLDER, folder_beside, write
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -171,8 +172,10 @@ def edit(config: RunConfig, lora_path: Path | None, out: Path | None) -> Path:
     print(plan.describe_result(job, config.edit), flush=True)
     for extra, strength in stacked:
         print(f"stacked   {extra.path} ({extra.layout} names), strength {strength:g}", flush=True)
-    result = Editor(config, model, adapter, device, stacked).edit(job)
-    folder = out or adapter.path.parent / "edit"
+    result = Editor(config, model, adapter, device, cache_of(config), stacked).edit(job)
+    folder = out or folder_beside(job, config, adapter)
+    if not out and folder.name != FOLDER:
+        print(f"note      {FOLDER} holds a result of other settings and stays; this one goes to {folder.name}", flush=True)
     for line in write(folder, result, job, config, adapter):
         print(f"wrote     {line}", flush=True)
     return folder

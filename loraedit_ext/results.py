@@ -1,14 +1,19 @@
 """What an edit leaves behind: edited.mp4 or PNG frames, comparison.mp4, contact_sheet.png, generated.mkv, and edited.json.
 
 generated.mkv holds what the model made, before compositing and without loss; edited.json all that is needed to make it
-again. The edited video has the size that [edit] asks for, the other pictures the one that the model works at.
+again. The edited video has the size that [edit] asks for, the other pictures the one that the model works at. Results of
+other settings lie side by side: edit, edit_2, edit_3 ...
 """
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from importlib.metadata import version
+from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +30,42 @@ from loraedit_ext.sampling import at_source_size, result_size
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "deepspeed")
 EDITED_VIDEO, EDITED_FRAMES, GENERATED, RECORD = "edited.mp4", "edited", "generated.mkv", "edited.json"
 COMPARISON, SHEET = "comparison.mp4", "contact_sheet.png"
+FOLDER = "edit"
+
+
+def all_beside(adapter: Path) -> list[Path]:
+    """The folders with a result beside a LoRA file, the one that was written last at the end."""
+    found = [folder for folder in adapter.parent.glob(f"{FOLDER}*")
+             if re.fullmatch(rf"{FOLDER}(_\d+)?", folder.name) and (folder / RECORD).is_file()]
+    return sorted(found, key=lambda folder: ((folder / RECORD).stat().st_mtime_ns, folder.name))
+
+
+def folder_beside(job: EditJob, config: RunConfig, adapter: LoraFile) -> Path:
+    """Where a result goes: the first folder beside the LoRA that holds none, or one of the same job, LoRA and settings."""
+    mine = _as_json(_made_from(_inputs(job, config, adapter)))
+    names = chain([FOLDER], (f"{FOLDER}_{number}" for number in count(2)))
+    folders = (adapter.path.parent / name for name in names)
+    return next(folder for folder in folders
+                if not (folder / RECORD).is_file() or _made_as_recorded(folder / RECORD) == mine)
+
+
+def _made_from(record: dict[str, Any]) -> list[Any]:
+    """What of an edited.json decides the result."""
+    config = record["config"]
+    return [record["job"], record["lora"]["sha256"], *(config[key] for key in ("edit", "model", "mask_rule"))]
+
+
+def _made_as_recorded(path: Path) -> list[Any] | None:
+    """The same of an edited.json on disk; None, which equals no other, if it is none."""
+    try:
+        return _made_from(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _as_json(value: Any) -> Any:
+    """A value as it comes back from a file."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def write(folder: Path, edit: Edit, job: EditJob, config: RunConfig, adapter: LoraFile) -> list[str]:
@@ -60,14 +101,19 @@ def panels(job: EditJob, edit: Edit) -> list[np.ndarray]:
     return [job.frames, overlaid(job.frames, job.grey_mask), edit.frames]
 
 
-def record(edit: Edit, job: EditJob, config: RunConfig, adapter: LoraFile) -> dict:
+def record(edit: Edit, job: EditJob, config: RunConfig, adapter: LoraFile) -> dict[str, Any]:
     """All that is needed to make the result again."""
-    return {
+    return _inputs(job, config, adapter) | {
         "command": [sys.executable.rsplit("/", 1)[-1], *sys.argv],
-        "config": config.model_dump(mode="json"),
-        "job": job.fields(),
         "size": list(result_size(job, config.edit)),
-        "lora": {"path": str(adapter.path), "sha256": hash_file(adapter.path), "metadata": adapter.metadata},
         "facts": edit.facts,
         "versions": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def _inputs(job: EditJob, config: RunConfig, adapter: LoraFile) -> dict[str, Any]:
+    return {
+        "config": config.model_dump(mode="json"),
+        "job": job.fields(),
+        "lora": {"path": str(adapter.path), "sha256": hash_file(adapter.path), "metadata": adapter.metadata},
     }

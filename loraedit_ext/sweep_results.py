@@ -11,12 +11,12 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import hash_file, hash_json, write_json_atomic, write_text_atomic
-from loraedit_ext import metrics
+from loraedit_ext import metrics, results
 from loraedit_ext import run as runs
 from loraedit_ext.config import RunConfig
 
 RECORD, RESULTS, TABLE = "trial.json", "results.json", "results.md"
-EVALUATION = Path("edit") / "evaluation.json"
+EVALUATION = "evaluation.json"
 FORMAT = 1
 SHOWN = 4
 """Significant digits in the table; results.json has all."""
@@ -97,7 +97,7 @@ def result(trial: Trial) -> dict[str, Any]:
         entry["log"] = str(trial.log(record["failed"]))
     if "train" in record.get("done", []):
         adapter = runs.newest_lora(trial.runs)
-        entry["run"], entry["edit"] = str(adapter.parent.parent), str(adapter.parent / "edit")
+        entry["run"], entry["edit"] = str(adapter.parent.parent), str(_edit_of(adapter))
         entry["metrics"] = measured(adapter)
     return entry
 
@@ -108,11 +108,16 @@ def measured(adapter: Path) -> dict[str, float]:
     for row in metrics.history(adapter.parent.parent):
         found |= {key: value for key, value in row.items() if key.endswith("/loss")}
         found["steps"] = row["step"]
-    judged = adapter.parent / EVALUATION
+    judged = _edit_of(adapter) / EVALUATION
     if judged.is_file():
         values = json.loads(judged.read_text(encoding="utf-8"))["metrics"]
         found |= {key: value["value"] for key, value in values.items() if value["value"] is not None}
     return found
+
+
+def _edit_of(adapter: Path) -> Path:
+    """The folder of what a LoRA made last, or will make."""
+    return (results.all_beside(adapter) or [adapter.parent / results.FOLDER])[-1]
 
 
 def write(output_dir: Path, trials: Sequence[Trial]) -> list[dict[str, Any]]:

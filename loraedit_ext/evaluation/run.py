@@ -29,13 +29,15 @@ def evaluate_edit(config: RunConfig, config_path: Path, edit: Path | None, out: 
     Args:
         config: the run's config.
         config_path: where it came from, for the commands.
-        edit: folder that inference.py wrote; default: the newest LoRA's.
+        edit: folder that inference.py wrote; default: what the newest LoRA made last.
         out: default: the edit's folder.
 
     Returns:
         The folder written to.
     """
     folder = edit or newest_edit(config)
+    if not edit:
+        print(f"edit      {folder}, made last; --edit FOLDER judges another", flush=True)
     subject = from_edit(config, folder)
     out = _evaluate(subject, config.evaluation, out or folder, commands_of(subject, config_path))
     values = json.loads((out / RESULT).read_text(encoding="utf-8"))["metrics"]

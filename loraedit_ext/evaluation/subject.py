@@ -70,18 +70,19 @@ class Subject:
 
 
 def newest_edit(config: RunConfig) -> Path:
-    """The edit of the newest LoRA in output_dir.
+    """The edit that the newest LoRA in output_dir made last.
 
     Raises:
         UserError: that LoRA has made no edit yet.
     """
-    folder = runs.newest_lora(config.output_dir).parent / "edit"
-    if not (folder / results.RECORD).is_file():
+    adapter = runs.newest_lora(config.output_dir)
+    found = results.all_beside(adapter)
+    if not found:
         raise UserError(
-            f"{folder}: no {results.RECORD} in it, so the newest LoRA has made no edit yet. "
+            f"{adapter.parent / results.FOLDER}: no {results.RECORD} in it, so the newest LoRA has made no edit yet. "
             "Run inference.py first, or give --edit FOLDER."
         )
-    return folder
+    return found[-1]
 
 
 def from_edit(config: RunConfig, folder: Path) -> Subject:
@@ -93,7 +94,8 @@ def from_edit(config: RunConfig, folder: Path) -> Subject:
     record = _read_record(folder / results.RECORD)
     made = record["job"]
     then = {"every": 1, "keep_outside": False, **made}  # as before there were these keys
-    job = load_job(config.dataset, Grid(), {key: then[key] for key in ("size", "frames", "start", "every", "keep_outside")})
+    kept = ("size", "crop", "frames", "start", "every", "keep_outside")
+    job = load_job(config.dataset, Grid(), {key: then[key] for key in kept})
     _check_unchanged(job, made["hashes"], folder)
     if job.first_edit is None:
         raise UserError(f"{config.dataset}: has no edited frame 0, which this edit was made from. Put it back.")

@@ -180,7 +180,7 @@ def run(method: Method, media: TaskMedia, config: RunConfig) -> Result:
         path = train(config)
         adapter, steps = lora.read(path, model), sum(stage.steps for stage in config.stage)
         seconds = training_seconds(path.parent.parent)
-    edit = Editor(config, model, adapter, device).edit(launch.open_job(config, model))
+    edit = Editor(config, model, adapter, device, launch.cache_of(config)).edit(launch.open_job(config, model))
     return Result(edit.generated, steps, round(seconds + edit.facts["seconds"], 2))
 
 

@@ -140,9 +140,34 @@ def test_resizing_and_cropping_are_the_same_for_all(folder):
     assert job.frames.shape == (17, 32, 32, 3)
     assert job.grey_mask.shape == (17, 32, 32)
     assert job.crop == (8, 0, 48, 48)
-    assert any("cut to the centre 48x48" in choice for choice in job.choices)
+    assert any("cut to 48x48 at (8, 0)" in choice for choice in job.choices)
     difference = job.first_edit.image.astype(int) + job.frames[0]
     assert np.abs(difference - 255).max() <= 1  # the negative of the resized is the resized negative
+
+
+def test_a_crop_is_worked_on_pixel_by_pixel(folder):
+    whole = load(folder)
+    job = load(folder, crop=[16, 0, 32, 48])
+    assert job.crop == (16, 0, 32, 48)
+    assert (job.frames == whole.frames[:, :, 16:48]).all()
+    assert (job.grey_mask == whole.grey_mask[:, :, 16:48]).all()
+    assert (job.first_edit.image == whole.first_edit.image[:, 16:48]).all()
+    assert any("works at 32x48 (the crop's own)" in choice for choice in job.choices)
+    assert any("are cut to 32x48 at (16, 0)" in choice for choice in job.choices)
+    assert job.identity() != whole.identity()
+    assert "reaches beyond source.mkv, which is 64x48" in error_of(folder, crop=[40, 0, 32, 48])
+
+
+def test_a_crop_around_the_mask_holds_all_of_it(folder):
+    job = load(folder, grid=Grid(max_area=32 * 32), crop="mask")
+    marked = np.argwhere((box_masks(17) > 0).any(0))
+    left, top, width, height = job.crop
+    assert (marked.min(0) >= (top, left)).all()
+    assert (marked.max(0) < (top + height, left + width)).all()
+    assert width * height < 64 * 48
+    assert not any("lies outside" in choice for choice in job.choices)
+    part = load(folder, crop=[0, 0, 18, 48])
+    assert any("of what the mask marks lies outside" in choice for choice in part.choices)
 
 
 def test_an_edited_frame_may_have_the_working_size(folder):

@@ -58,6 +58,34 @@ def test_small_changes_of_aspect_stretch_and_large_ones_crop_to_the_centre():
     assert tall.offset == (108, 0)
 
 
+@given(
+    source=st.tuples(st.integers(64, 4096), st.integers(64, 2304)), place=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    share=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_window_holds_its_box_and_is_neither_scaled_up_nor_down_without_need(source, place, share):
+    box_size = [max(1, int(side * part)) for side, part in zip(source, share, strict=True)]
+    starts = [int((side - inner) * part) for side, inner, part in zip(source, box_size, place, strict=True)]
+    window = GRID.window((*starts, *box_size), source)
+    for start, inner, left, side, most in zip(starts, box_size, window[:2], window[2:], source, strict=True):
+        assert 0 <= left <= start
+        assert start + inner <= left + side <= most
+    width, height = window[2:]
+    room = min(GRID.max_area, source[0] * source[1])
+    assert width * height >= room * 0.9 or min(width + 16 > source[0], height + 16 > source[1])
+    if width < source[0] and height < source[1] and width * height <= GRID.max_area and GRID.takes_size(window[2:]):
+        assert GRID.default_size(window[2:]) == window[2:], "worked on pixel by pixel"
+
+
+def test_a_small_box_of_a_large_picture_gets_the_models_whole_picture():
+    left, top, width, height = GRID.window((1700, 900, 100, 80), (1920, 1080))
+    assert (left + width, top + height) == (1920, 1080)
+    assert (width, height) == (704, 560)
+    assert GRID.default_size((width, height)) == (width, height)
+    fitted = fit((1920, 1080), (width, height), (left, top, width, height))
+    assert (fitted.crop, fitted.offset, fitted.factors) == ((704, 560), (1216, 520), (1, 1))
+
+
 def test_the_own_size_changes_nothing():
     frames = picture_frames(2)
     same = fit((64, 48), (64, 48))

@@ -113,9 +113,27 @@ def test_without_compositing_nothing_is_pasted(trained):
 
 
 def test_the_same_seed_gives_the_same_frames_and_another_does_not(trained):
-    first = frames_of(edit(trained, "edit.composite=false"))
-    assert (frames_of(edit(trained, "edit.composite=false")) == first).all()
+    out = edit(trained, "edit.composite=false")
+    first = frames_of(out)
+    assert edit(trained, "edit.composite=false") == out
+    assert (frames_of(out) == first).all()
     assert (frames_of(edit(trained, "edit.composite=false", "edit.seed=7")) != first).any()
+    assert (frames_of(out) == first).all(), "what one wants to compare with is still there"
+
+
+def test_another_seed_or_guidance_loads_no_text_and_no_image_encoder(trained, monkeypatch):
+    from models.wan.checkpoint import WanCheckpoint
+
+    edit(trained, "edit.source_guidance=2")
+
+    def refuse(*_, **__):
+        raise AssertionError("an encoder was loaded although the cache is warm")
+
+    for name in ("load_text_encoder", "load_image_encoder"):
+        monkeypatch.setattr(WanCheckpoint, name, refuse)
+    edit(trained, "edit.source_guidance=3", "edit.seed=7")
+    with pytest.raises(AssertionError, match="encoder was loaded"):
+        edit(trained, "edit.negative_prompt=blurred")
 
 
 def test_guidance_1_skips_the_unconditional_pass_and_changes_the_result(trained):

@@ -137,6 +137,16 @@ def test_the_newest_lora_without_an_edit_is_told(folder, run_folder):
     assert newest_edit(load_config(folder / "edit.toml")) == run_folder / "edit"
 
 
+def test_what_was_made_last_is_judged_and_named(folder, run_folder, capsys):
+    shutil.copytree(run_folder / "edit", run_folder / "edit_2")  # keeps its time
+    (run_folder / "edit_2/edited.json").touch()
+    assert evaluate.main(["--config", str(folder / "edit.toml")]) == 0
+    assert f"{run_folder / 'edit_2'}, made last" in capsys.readouterr().out
+    (run_folder / "edit/edited.json").touch()
+    assert newest_edit(load_config(folder / "edit.toml")) == run_folder / "edit"
+    shutil.rmtree(run_folder / "edit_2")
+
+
 def test_a_moved_run_keeps_its_loss_curve(folder, run_folder, tmp_path):
     moved = tmp_path / "elsewhere"
     shutil.copytree(run_folder.parent, moved)

@@ -103,6 +103,18 @@ def test_what_an_edited_picture_changes_outside_the_mask_counts_only_if_it_is_le
     assert (subject.reference == out[0]).all()
 
 
+def test_a_crop_is_laid_back_pixel_by_pixel(folder):
+    job, generated, out = written(folder, "edit.feather=0", crop=[32, 16, 64, 48])
+    assert job.size == (64, 48)
+    source, mask = source_of(folder), read_image(folder / "mask.png")[..., 0]
+    assert (out[1:, mask == 0] == source[1:, mask == 0]).all()
+    assert (out[1:, 25:55, 40:80] == generated[1:, 9:39, 8:48]).all()
+    assert (out[0] == read_image(folder / "first.png")).all()
+    subject = from_edit(load_config(folder / "edit.toml"), folder / "edit")
+    assert subject.edited.shape == source.shape
+    assert (subject.generated.source == job.frames).all()
+
+
 def test_an_edited_frame_of_the_working_size_gives_its_region_alone(folder):
     write_png(folder / "first.png", np.full((64, 96, 3), 7, np.uint8))
     _, _, out = written(folder, "edit.feather=0")
@@ -171,3 +183,30 @@ def test_files_that_changed_while_the_model_worked_are_told_and_its_work_is_kept
         results.write(folder / "edit", Edit(job.frames, job.frames, {}), job, config,
                       LoraFile(folder / "adapter_model.safetensors", {}, {}))
     assert (read_media(folder / "edit/generated.mkv").frames == job.frames).all()
+
+
+def test_a_result_of_other_settings_is_not_written_over(folder):
+    job = load_job(folder / "job.toml", Grid())
+    adapter = LoraFile(folder / "step2/adapter_model.safetensors", {}, {})
+    adapter.path.parent.mkdir()
+    adapter.path.write_bytes(b"weights")
+
+    def edit(*overrides):
+        config = load_config(folder / "edit.toml", overrides)
+        there = results.folder_beside(job, config, adapter)
+        results.write(there, Edit(job.frames, job.frames, {}), job, config, adapter)
+        assert results.all_beside(adapter.path)[-1] == there
+        return there.name
+
+    assert edit() == "edit"
+    assert edit("edit.seed=43") == "edit_2"
+    assert edit("edit.source_guidance=2") == "edit_3"
+    assert edit("edit.seed=43") == "edit_2"
+    assert edit("optimizer.lr=1") == "edit", "training alone"
+    adapter.path.write_bytes(b"other weights")
+    assert edit() == "edit_4"
+    job = load_job(folder / "job.toml", Grid(), {"edited_caption": "another"})
+    assert edit() == "edit_5"
+    (folder / "step2/edit/edited.json").write_text("cut off {")
+    assert edit("edit.steps=3") == "edit_6"
+    assert len(results.all_beside(adapter.path)) == 6
