@@ -7,9 +7,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from common.errors import UserError
 from loraedit_ext.config import EvaluationSettings, RunConfig, load_config, load_evaluation
 
+MEMORY_HELP = (
+    'What lowers it, cheapest first: model.transformer_dtype=float8, activation_checkpointing=offload, clip_frames in the job, '
+    "blocks_to_swap=N or several GPUs with pipeline_stages=S. `train.py --dry_run` says what a run needs and what helps, "
+    "docs/memory.md what each costs. --traceback shows where it happened."
+)
 OVERRIDES_HELP = "override any key of the TOML, e.g. optimizer.lr=2e-4 stage.0.steps=50 model.shift=None"
 
 
@@ -34,15 +41,21 @@ def read_evaluation(options: argparse.Namespace) -> EvaluationSettings:
 
 
 def guarded(action: Callable[[], None], traceback: bool) -> int:
-    """Run a verb; a user error becomes one message and exit status 2."""
+    """Run a verb; a user error, or a GPU without enough memory, becomes one message and exit status 2."""
     try:
         action()
-    except UserError as error:
+    except (UserError, torch.OutOfMemoryError) as error:
         if traceback:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error if isinstance(error, UserError) else _out_of_memory(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; checkpoints and exports written so far are whole.", file=sys.stderr)
         return 130
     return 0
+
+
+def _out_of_memory(error: torch.OutOfMemoryError) -> str:
+    """What torch says of it, without its advice on the allocator's settings, and what to change."""
+    found = str(error).partition(" If reserved but unallocated memory")[0]
+    return f"the GPU has not enough memory: {found} {MEMORY_HELP}"

@@ -191,6 +191,19 @@ class Engine:
             torch.distributed.all_reduce(value, group=self.engine.grid.get_pipe_parallel_group())
         return value
 
+    def gather_stages(self, value: Any) -> list[Any]:
+        """A picklable value of every pipeline stage of this replica, first stage first; there alone, elsewhere nothing.
+
+        NCCL sends it through the GPU, so only the process that wants the values makes room for them.
+        """
+        stages = self.engine.num_stages
+        if stages == 1:
+            return [value]
+        found: list[Any] | None = [None] * stages if self.stage == 0 else None
+        first = self.engine.grid.stage_to_global(0)
+        torch.distributed.gather_object(value, found, dst=first, group=self.engine.grid.get_pipe_parallel_group())
+        return found or []
+
     def train_step(self, batches: Iterator[Any], shapes: Any) -> float:
         """One optimizer step; the mean loss over micro-batches and replicas.
 

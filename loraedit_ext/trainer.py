@@ -309,11 +309,7 @@ class Trainer:
     def _gathered(self) -> dict[str, torch.Tensor]:
         """The weights of all stages, on the main process."""
         mine = {name: weight.detach().cpu() for name, weight in self.weights.items()}
-        if self.config.pipeline_stages == 1:
-            return mine
-        everyone: list[Any] = [None] * self.world.size
-        torch.distributed.all_gather_object(everyone, mine if self.engine.replica == 0 else {})
-        return {name: weight for part in everyone for name, weight in part.items()}
+        return {name: weight for part in self.engine.gather_stages(mine) for name, weight in part.items()}
 
     def metadata(self) -> dict[str, Any]:
         """What an exported LoRA says of itself."""

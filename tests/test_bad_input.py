@@ -185,6 +185,28 @@ def test_a_full_disk_loses_nothing(edit_folder, capsys, monkeypatch):
     assert (run / "latest").read_text() == "global_step2\n"
 
 
+def test_a_gpu_without_enough_memory_is_told_with_what_helps(edit_folder, capsys, monkeypatch):
+    import torch
+
+    from loraedit_ext import launch
+
+    def full(*_):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 9 GiB. If reserved but unallocated memory is large try setting PYTORCH_X."
+        )
+
+    monkeypatch.setattr(launch, "train", full)
+    assert train.main(["--config", str(edit_folder.config)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the GPU has not enough memory: CUDA out of memory. Tried to allocate 9 GiB. What lowers it")
+    for word in ("model.transformer_dtype=float8", "blocks_to_swap", "clip_frames", "docs/memory.md", "--dry_run"):
+        assert word in error
+    assert "Traceback" not in error
+    assert "PYTORCH_X" not in error
+    with pytest.raises(torch.OutOfMemoryError):
+        train.main(["--config", str(edit_folder.config), "--traceback"])
+
+
 def test_the_traceback_flag_shows_where_it_came_from(edit_folder):
     from common.errors import UserError
 
