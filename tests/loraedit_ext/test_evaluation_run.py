@@ -26,7 +26,7 @@ from common.errors import UserError
 from dataset.images import write_png
 from dataset.job import load_job
 from dataset.resize import Grid
-from dataset.video import read_media
+from dataset.video import hash_media, read_media
 from dataset.video_writer import write_images, write_lossless
 from loraedit_ext import results
 from loraedit_ext.config import EvaluationSettings, load_config, load_evaluation
@@ -109,6 +109,24 @@ def arguments(folder: Path, out: Path) -> list[str]:
 def test_results_keep_what_the_model_made_without_loss(run_folder, edited):
     stored = read_media(run_folder / "edit/generated.mkv").frames
     np.testing.assert_array_equal(stored, np.clip(edited.astype(int) + 3, 0, 255))
+
+
+def test_the_reference_is_what_the_edit_was_made_from(folder, run_folder, edited, tmp_path):
+    """Inside the mask only, or the whole picture where the job said so, or where the edit is older than that key."""
+    shutil.copytree(run_folder / "edit", tmp_path / "edit")
+    config, picture = load_config(folder / "edit.toml"), edited[0].copy()
+    picture[:8] = 255
+    shutil.copy(folder / "first.png", tmp_path / "first.png")
+    record = json.loads((tmp_path / "edit/edited.json").read_text())
+    try:
+        write_png(folder / "first.png", picture)
+        record["job"]["hashes"]["edited_frame.0"] = hash_media(folder / "first.png")
+        for keys, expected in (({"keep_outside": True}, edited[0]), ({"keep_outside": False}, picture), ({}, picture)):
+            made = {key: value for key, value in record["job"].items() if key not in ("keep_outside", "every")} | keys
+            (tmp_path / "edit/edited.json").write_text(json.dumps(record | {"job": made}))
+            assert (from_edit(config, tmp_path / "edit").reference == expected).all()
+    finally:
+        shutil.copy(tmp_path / "first.png", folder / "first.png")
 
 
 def test_a_finished_run_is_judged_by_its_config(folder, run_folder, capsys):
