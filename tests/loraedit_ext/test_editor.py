@@ -98,7 +98,7 @@ def test_the_last_decode_goes_to_the_cpu_rather_than_to_lose_what_was_sampled(re
 
     def generated():
         model = launch.build_model(config, device)
-        return Editor(config, model, None, device).edit(launch.open_job(config, model)).generated
+        return Editor(config, model, None, device, launch.cache_of(config)).edit(launch.open_job(config, model)).generated
 
     expected = generated()
     request.getfixturevalue("no_room_to_decode")
