@@ -166,7 +166,7 @@ class I2VModel(ABC):
         return work(self.encoder(name))
 
     def _free_others(self, name: str) -> None:
-        self._encoders = {kept: encoder for kept, encoder in self._encoders.items() if kept == name}
+        self._encoders = {each: self._encoders[each] for each in self._encoders if each == name or each in self._on_cpu}
         _release_memory()
 
     def _move_to_cpu(self, name: str) -> None:

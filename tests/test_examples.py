@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import train
 from dataset.images import write_png
 from loraedit_ext import launch
 from loraedit_ext.config import load_config
@@ -57,6 +58,12 @@ def test_the_example_runs(examples, tiny_wan, tiny_hunyuan, path):
     out = launch.edit(config, None, None)
     assert (out / "edited.mp4").stat().st_size > 0
     assert (out / "comparison.mp4").stat().st_size > 0
+
+
+def test_the_plan_of_an_example_on_several_gpus_is_shown_without_a_launcher(examples, tiny_wan, capsys):
+    config = examples / "wan" / "edit-two-gpus.toml"
+    assert train.main(["--config", str(config), "--dry_run", f"model.ckpt_path={tiny_wan}"]) == 0
+    assert "processes 2 pipeline stage(s) x 1 replica(s)" in capsys.readouterr().out
 
 
 def test_the_reference_of_keys_is_that_of_the_settings():

@@ -29,7 +29,8 @@ class Room:
 
     def take(self, what: str, device: torch.device) -> None:
         self.tried.append(f"{what} {device.type}")
-        if device.type != "cpu" and len(self.model._encoders.keys() - {what.split()[0]}) > self.beside:
+        there = self.model._encoders.keys() - {what.split()[0]}
+        if device.type != "cpu" and len(there) > self.beside:
             raise torch.OutOfMemoryError("11 GB wanted, 8 GB free")
 
 
@@ -88,6 +89,25 @@ def test_an_encoder_that_does_not_fit_the_gpu_goes_to_the_cpu_and_stays(tiny_wan
     (told,) = caplog.messages
     assert "no room for the vae encoder" in told
     assert 'model.vae_dtype = "bfloat16"' in told
+
+
+def test_encoders_on_the_cpu_are_not_in_the_way(tiny_wan):
+    model, room = on_a_gpu(tiny_wan, beside=NOTHING_FITS)
+    model.run_encoder("text", Encoder.run)
+    there = model.encoder("text")
+    room.beside = 0
+    model.run_encoder("image", Encoder.run)
+    assert list(model._encoders) == ["text", "image"]
+    assert model.encoder("text") is there
+
+
+def test_freed_encoders_give_their_memory_back(tiny_wan, monkeypatch):
+    model, _ = on_a_gpu(tiny_wan, beside=0)
+    model.run_encoder("vae", Encoder.run)
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(list(model._encoders)))
+    model.free_encoders()
+    assert emptied == [[]]
 
 
 def test_the_dtype_of_the_vae_is_no_advice_for_other_encoders_or_where_it_is_set(tiny_wan, caplog):

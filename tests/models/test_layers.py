@@ -51,6 +51,7 @@ def test_nccl_and_deepspeed_know_every_dtype_that_crosses_a_boundary(family, dty
             stream = layer(stream)
             sent = [tensor.dtype for tensor in stream]
             assert set(sent) <= NCCL & set(PipelineEngine.ID_TO_DTYPE)
+            assert all(tensor.is_contiguous() for tensor in stream)  # as NCCL wants them
             assert [dtype.is_floating_point for dtype in sent] == [True] + [False] * (len(sent) - 1)
 
 
