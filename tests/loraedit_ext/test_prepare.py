@@ -23,6 +23,7 @@ from loraedit_ext.prepare.difference import changed
 from loraedit_ext.prepare.job import prepare
 from loraedit_ext.prepare.regions import Box, from_box, from_picture, widened
 from loraedit_ext.prepare.request import Request
+from loraedit_ext.prepare.tomls import edit_toml, job_toml
 from loraedit_ext.prepare.tracking import track
 
 ROOT = Path(__file__).parents[2]
@@ -355,6 +356,16 @@ def test_a_run_that_a_person_edited_is_kept_or_refused(folder):
         prepare(replace(asked, ckpt=Path("/others"), model="hunyuan-video"))
     assert 'model.type = "wan"; this call asks for "hunyuan-video"' in str(caught.value)
     assert 'model.ckpt_path = "/weights"; this call asks for "/others"' in str(caught.value)
+
+
+def test_the_readme_shows_what_is_written():
+    """The job to the letter, the run but for its comments."""
+    asked = Request(Path("clip.mp4"), Path("jobs/helmet"), edited={0: Path("jobs/helmet/edited.png")},
+                    caption="an old man exercising in a park", ckpt=Path("/models/Wan2.1-I2V-14B-480P"),
+                    edited_caption="an old man with a white helmet exercising in a park")  # fmt: skip
+    text = (ROOT / "README.md").read_text()
+    assert f"```toml\n{job_toml(asked, 49)}```" in text
+    assert "```toml\n" + re.sub(r"^#.*\n", "", edit_toml(asked), flags=re.MULTILINE) + "```" in text
 
 
 def test_captions_are_asked_for(folder):
