@@ -92,7 +92,7 @@ def within(picture: np.ndarray, source: np.ndarray, preserve: np.ndarray) -> np.
 
 
 def left_out(job: EditJob) -> list[str]:
-    """One line for each edited picture of whose changes `keep_outside` leaves out more than a little.
+    """One line for each edited picture of whose changes `keep_outside` leaves out more than a little, or all.
 
     Raises:
         UserError: a picture changes something, but its frame's mask is empty, so that all would be left out.
@@ -103,17 +103,20 @@ def left_out(job: EditJob) -> list[str]:
 def _left_out(job: EditJob, edited: EditedFrame) -> str | None:
     touched = changed(job.frames[edited.index], edited.image)
     preserve = preserve_mask(job)[edited.index].numpy()
-    share = float((touched & preserve).sum()) / max(1, int(touched.sum()))
+    name = f"{job.name}: edited frame {edited.index}"
     if touched.any() and preserve.all():
         raise UserError(
             f"{edited.path}: changes {touched.mean():.0%} of frame {edited.index}, but {job.mask} marks nothing in that frame, "
             "so nothing of the picture would be used. Paint the region white in that frame too; if nothing is to change there, "
             f"give the source's own frame; or set keep_outside = false in job {job.name} to take the picture whole."
         )
+    if preserve.all():  # it may differ by less than counts as a change
+        return f"{name}: nothing of {edited.path.name} is used, as the mask marks nothing in that frame."
+    share = float((touched & preserve).sum()) / max(1, int(touched.sum()))
     if share <= LITTLE:
         return None
-    return (f"{job.name}: edited frame {edited.index}: {share:.0%} of what {edited.path.name} changes lies outside the mask "
-            "and is left out; keep_outside = false takes the picture whole.")  # fmt: skip
+    return (f"{name}: {share:.0%} of what {edited.path.name} changes lies outside the mask and is left out; "
+            "keep_outside = false takes the picture whole.")  # fmt: skip
 
 
 def naive(job: EditJob) -> list[Triple]:
