@@ -12,7 +12,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, build, run."""
     parser = cli.parser("Propagate the edited first frame through the video with a trained LoRA.")
     parser.add_argument("--lora", type=Path, metavar="FILE", help="LoRA to use; default: the newest in output_dir")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: a folder beside the LoRA")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: beside the LoRA")
     options = parser.parse_args(arguments)
 
     def run() -> None:
