@@ -32,6 +32,8 @@ class EditedFrame:
     """uint8 (H, W, 3)."""
     caption: str
     path: Path
+    enlarged: bool = False
+    """Whether it was given at a smaller size than this."""
 
 
 @dataclass(frozen=True)

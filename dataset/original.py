@@ -1,54 +1,48 @@
-"""A job's media at the source's own size, read again for a result of that size: training works without them.
+"""A job at its source's own size, its media read again for a result of that size: training works without them.
 
 Axes: F frames of the used clip, H W pixels of the source.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 
 from common.errors import UserError
 from dataset import images
-from dataset.job import EditJob, grey_levels, read_masks
+from dataset.job import EditedFrame, EditJob, grey_levels, read_masks
 from dataset.video import hash_media, read_media
 
 
-@dataclass(frozen=True, eq=False)
-class Original:
-    """What a job's working size was made from."""
+def at_source_size(job: EditJob) -> EditJob:
+    """The same job with frames, mask and edited frame 0 as the source has them; other edited frames are left out.
 
-    frames: np.ndarray
-    """uint8 (F, H, W, 3): the source, the caller's own to write into."""
-    grey_mask: np.ndarray
-    """uint8 (F, H, W), white = edit; black outside the part of the picture that is used."""
-    first_edit: np.ndarray
-    """uint8 (H, W, 3): the edited frame 0; one that was given at the working size, scaled up over the source's frame 0."""
-    first_edit_is_enlarged: bool
-
-
-def read_original(job: EditJob) -> Original:
-    """Read the media of a job that has an edited frame 0.
+    The frames, uint8 (F, H, W, 3), are the caller's own to write into. The mask, uint8 (F, H, W), is black outside the part
+    of the picture that is used. An edited frame that was given at the working size is scaled up over the source's frame.
 
     Raises:
         UserError: a file has changed since the job was read.
     """
     assert job.first_edit is not None, "without one there is no result"
-    edited = job.first_edit.path
-    for key, path in (("source", job.source), ("mask", job.mask), ("edited_frame.0", edited)):
+    for key, path in (("source", job.source), ("mask", job.mask), ("edited_frame.0", job.first_edit.path)):
         if hash_media(path) != job.hashes[key]:
             raise UserError(f"{path}: has changed since the job was read, expected the same file. "
                             "Bring it back, or run inference.py again.")
     # The mask first: its colour channels are gone before the source takes its memory.
     mask = _mask(job)
     frames = read_media(job.source, job.start, len(job.frames), every=job.every).frames
-    picture = images.read_image(edited)
-    enlarged = picture.shape != frames.shape[1:]
-    if enlarged:
-        small, picture = picture, frames[0].copy()
-        job.fit.cut(picture)[:] = job.fit.enlarged(small)
-    return Original(frames, mask, picture, enlarged)
+    assert (job.fit.image(frames[-1]) == job.frames[-1]).all(), "the source is read as the job reads it"
+    assert (job.fit.mask(mask) == job.grey_mask).all(), "the mask is read as the job reads it"
+    return replace(job, frames=frames, grey_mask=mask, edited_frames=(_first_edit(job, frames[0]),),
+                   crop=(0, 0, *job.original_size))
+
+
+def _first_edit(job: EditJob, source: np.ndarray) -> EditedFrame:
+    picture = images.read_image(job.first_edit.path)
+    if picture.shape == source.shape:
+        return replace(job.first_edit, image=picture)
+    return replace(job.first_edit, image=job.fit.laid_over(source, picture), enlarged=True)
 
 
 def _mask(job: EditJob) -> np.ndarray:

@@ -129,9 +129,11 @@ class Fit:
         """uint8 (H, W, 3) at source size -> working size: area average down, cubic up."""
         return np.ascontiguousarray(_scale(self.cut(image), self.size))
 
-    def enlarged(self, image: np.ndarray) -> np.ndarray:
-        """uint8 (H, W, 3) at working size -> the size of the crop, by the same filters."""
-        return _scale(image, self.crop)
+    def laid_over(self, source: np.ndarray, image: np.ndarray) -> np.ndarray:
+        """A copy of a picture at source size with one at working size, scaled back, in place of the crop; uint8 (H, W, 3)."""
+        whole = source.copy()
+        self.cut(whole)[:] = _scale(image, self.crop)
+        return whole
 
     def frames(self, frames: np.ndarray) -> np.ndarray:
         """uint8 (F, H, W, 3) at source size -> working size."""

@@ -25,7 +25,7 @@ from loraedit_ext.config import RunConfig
 from loraedit_ext.editor import Edit
 from loraedit_ext.lora import LoraFile
 from loraedit_ext.pictures import contact_sheet, overlaid, side_by_side
-from loraedit_ext.sampling import at_source_size, result_size
+from loraedit_ext.sampling import finished_at_source_size, result_size
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "deepspeed")
 EDITED_VIDEO, EDITED_FRAMES, GENERATED, RECORD = "edited.mp4", "edited", "generated.mkv", "edited.json"
@@ -79,7 +79,7 @@ def write(folder: Path, edit: Edit, job: EditJob, config: RunConfig, adapter: Lo
     write_lossless(folder / GENERATED, edit.generated, job.fps)
     frames = edit.frames
     if result_size(job, config.edit) != job.size:
-        frames = at_source_size(job, edit.generated, config.edit)
+        frames = finished_at_source_size(job, edit.generated, config.edit)
     if config.edit.output == "png":
         write_images(folder / EDITED_FRAMES, frames)
         lines.append(str(folder / EDITED_FRAMES))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from common.progress import progress, stepping
 from dataset.job import EditJob
-from dataset.original import read_original
+from dataset.original import at_source_size
 from dataset.resize import Size
 from loraedit_ext import flow, guidance, masks, regimes
 from loraedit_ext.config import EditSettings
@@ -69,7 +70,7 @@ def result_size(job: EditJob, settings: EditSettings) -> Size:
     return job.original_size if settings.size == "source" and settings.composite else job.size
 
 
-def at_source_size(job: EditJob, generated: np.ndarray, settings: EditSettings) -> np.ndarray:
+def finished_at_source_size(job: EditJob, generated: np.ndarray, settings: EditSettings) -> np.ndarray:
     """The edit at the source's own size: the generated region scaled up, over the source's own frames.
 
     Args:
@@ -81,18 +82,14 @@ def at_source_size(job: EditJob, generated: np.ndarray, settings: EditSettings) 
     Raises:
         UserError: the job's files have changed since it was read.
     """
-    original = read_original(job)
-    preserve = masks.from_grey(torch.tensor(original.grey_mask), str(job.mask), whole=True).numpy()
-    preserve[0] &= original.first_edit_is_enlarged or job.keep_outside
-    for index, frame in enumerate(stepping(original.frames, "compositing")):
-        # A picture of the source's own size counts as the model was told of it, to the edge of the mask.
-        made, feather = original.first_edit, settings.feather if original.first_edit_is_enlarged else 0
-        if index:
-            feather = settings.feather
-            made = frame.copy()
-            job.fit.cut(made)[:] = job.fit.enlarged(generated[index])
-        frame[:] = blended(frame, made, preserve[index], feather)
-    return original.frames
+    whole = at_source_size(job)
+    preserve = regimes.preserve_mask(whole).numpy()
+    preserve[0] &= whole.first_edit.enlarged  # a picture of this size is taken as it was given
+    first = regimes.with_first_edit(replace(whole, frames=whole.frames[:1]))[0]
+    for index, frame in enumerate(stepping(whole.frames, "compositing")):
+        made = job.fit.laid_over(frame, generated[index]) if index else first
+        frame[:] = blended(frame, made, preserve[index], settings.feather)
+    return whole.frames
 
 
 def composite(kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray, feather: int) -> np.ndarray:

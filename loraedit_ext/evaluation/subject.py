@@ -14,7 +14,7 @@ import torch
 from common.errors import ErrorCollector, UserError
 from dataset import images
 from dataset.job import EditJob, grey_levels, load_job
-from dataset.original import read_original
+from dataset.original import at_source_size
 from dataset.resize import Grid
 from dataset.video import hash_media, read_media
 from dataset.video_writer import even_size
@@ -108,28 +108,20 @@ def from_edit(config: RunConfig, folder: Path) -> Subject:
     hashes["edited"] = hash_media(_existing(edited))
     if generated.is_file():
         files["generated"], hashes["generated"] = generated, hash_media(generated)
-    source, grey, picture = job.frames, job.grey_mask, job.first_edit.image
-    if record.get("size", made["size"]) != made["size"]:
-        original = read_original(job)
-        source, grey, picture = original.frames, original.grey_mask, original.first_edit
-    preserve = _preserve(job, grey)
-    reference = regimes.within(picture, source[0], preserve[0]) if job.keep_outside else picture
+    whole = job if record.get("size", made["size"]) == made["size"] else at_source_size(job)
     return Subject(
-        name=job.name, source=source, edited=_frames(edited, source.shape), preserve=preserve, reference=reference,
+        name=job.name, source=whole.frames, edited=_frames(edited, whole.frames.shape),
+        preserve=regimes.preserve_mask(whole).numpy(), reference=regimes.edited_picture(whole, whole.first_edit),
         generated=_generated(generated, job), truth=None, fps=job.fps,
         files={role: str(path) for role, path in files.items()}, hashes=hashes,
         run=_run_of(folder, Path(record["lora"]["path"])), record=record,
     )  # fmt: skip
 
 
-def _preserve(job: EditJob, grey: np.ndarray) -> np.ndarray:
-    return masks.from_grey(torch.tensor(grey), str(job.mask), whole=True).numpy()
-
-
 def _generated(path: Path, job: EditJob) -> Compared | None:
     if not path.is_file():
         return None
-    return Compared(_frames(path, job.frames.shape), job.frames, _preserve(job, job.grey_mask))
+    return Compared(_frames(path, job.frames.shape), job.frames, regimes.preserve_mask(job).numpy())
 
 
 def _run_of(folder: Path, adapter: Path) -> Path:

@@ -127,7 +127,7 @@ def test_the_feather_is_measured_in_the_results_pixels(folder):
     write_images(folder / "source", np.zeros((FRAMES, HEIGHT, WIDTH, 3), np.uint8))
     job = load_job(folder / "job.toml", Grid())
     white = np.full(job.frames.shape, 255, np.uint8)
-    row = sampling.at_source_size(job, white, EditSettings(feather=10))[1, 45, :, 0].astype(int)
+    row = sampling.finished_at_source_size(job, white, EditSettings(feather=10))[1, 45, :, 0].astype(int)
     assert (row[:40] == 0).all()
     assert row[40:50] == pytest.approx(25.5 * np.arange(1, 11), abs=0.5)
     assert (row[50:70] == 255).all()
