@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--margin", type=float, help="widen the mask by this share of the region's size (default: 0.1)")
     parser.add_argument("--start", type=int, metavar="N", help="first source frame to use (default: 0)")
+    parser.add_argument("--every", type=int, metavar="N", help="use every Nth source frame (default: 1, each)")
     parser.add_argument("--frames", type=int, metavar="N", help="how many to use, 4n+1 (default: up to 49)")
     parser.add_argument("--caption", metavar="TEXT", help="what the source shows, for job.toml")
     parser.add_argument("--edited_caption", metavar="TEXT", help="what the edited frame shows")

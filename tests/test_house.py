@@ -101,8 +101,8 @@ def test_the_command_line_gains_no_flags():
         "--suite", "--quick",  # which of three things to do; all knobs of the benchmark are suite.KEY=value
     }
     assert flags["prepare.py"] == {  # makes the job's TOML, so it cannot read one
-        "--help", "--traceback", "--source", "--out", "--edited", "--box", "--painted", "--margin", "--start", "--frames",
-        "--caption", "--edited_caption", "--frame", "--overwrite",
+        "--help", "--traceback", "--source", "--out", "--edited", "--box", "--painted", "--margin", "--start",
+        "--every", "--frames", "--caption", "--edited_caption", "--frame", "--overwrite",
         "--ckpt", "--model",  # the lines of edit.toml that have no default
     }
     assert flags["inference.py"] == {"--help", "--config", "--traceback", "--lora", "--out"}

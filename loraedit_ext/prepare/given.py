@@ -33,10 +33,11 @@ def read_clip(request: Request) -> Video:
     if request.frames is not None and not grid.takes_frames(request.frames):
         near = " or ".join(map(str, grid.nearest_frames(request.frames)))
         raise UserError(f"--frames {request.frames}: must be {grid.frame_step}n+1 with n >= 1; nearest: {near}.")
-    read = read_media(request.source, request.start, request.frames or _FRAMES)
+    read = read_media(request.source, request.start, request.frames or _FRAMES, every=request.every)
     used = request.frames or grid.frames_below(max(1, len(read.frames)))
     if len(read.frames) < used or not grid.takes_frames(used):
-        raise UserError(f"{request.source}: has {read.total} frames, {len(read.frames)} from frame {request.start} on; "
+        steps = f" in steps of {request.every}" if request.every > 1 else ""
+        raise UserError(f"{request.source}: has {read.total} frames, {len(read.frames)} from frame {request.start} on{steps}; "
                         f"expected at least {request.frames or grid.frame_step + 1}.")  # fmt: skip
     return replace(read, frames=read.frames[:used], times=read.times[:used])
 
@@ -109,7 +110,7 @@ def _region_of_edit(request: Request, clip: Video, frame: int, edited: np.ndarra
     """A box around all that an edited picture changes."""
     touched = changed(clip.frames[frame], edited)
     share, path = float(touched.mean()), request.edited[frame]
-    whose = f"frame {clip.first + frame} of {clip.path.name}"
+    whose = f"frame {request.in_source(frame)} of {clip.path.name}"
     if not share:
         raise UserError(f"{path}: does not differ from {whose}. Is it another frame's edit (--start, --edited FRAME:PICTURE), "
                         "or not edited yet? Else give the region with --box.")  # fmt: skip

@@ -46,7 +46,9 @@ def prepare(request: Request) -> list[str]:
     """
     request.check()
     clip = read_clip(request)
-    lines = [f"clip      {request.source.name}: frames {clip.first} to {clip.first + len(clip.frames) - 1} of "
+    last = request.in_source(len(clip.frames) - 1)
+    steps = f" in steps of {request.every}" if request.every > 1 else ""
+    lines = [f"clip      {request.source.name}: frames {request.start} to {last}{steps} of "
              f"{clip.total}, {clip.size[0]}x{clip.size[1]}"]  # fmt: skip
     edited, keys = read_given(request, clip)
     folder = JobFolder(request.out, request.overwrite, {*request.edited.values(), *request.painted.values()})
@@ -56,7 +58,7 @@ def prepare(request: Request) -> list[str]:
             lines += _write_frames(request, folder, clip)
         return [*lines, *_kept(folder), *_next(request, folder)]
     texts = plan_tomls(request, folder, len(clip.frames))
-    by_hand = _masks_by_hand(folder, clip)
+    by_hand = _masks_by_hand(request, folder, clip)
     folder.make(MASK)
     tracked = track(clip.frames, keys)
     grey = _masks(tracked, request.margin)
@@ -67,7 +69,7 @@ def prepare(request: Request) -> list[str]:
         lines += _lost(frame, clip.frames[frame], picture, grey[frame])
     with folder.writing():
         lines += _write_frames(request, folder, clip)
-        lines += _write_masks(folder, clip, grey)
+        lines += _write_masks(request, folder, clip, grey)
         lines += _write_previews(folder, clip, edited, grey)
         lines += _write_tomls(folder, texts)
     return [*lines, *_kept(folder), *_next(request, folder)]
@@ -121,7 +123,7 @@ def _mask_name(source_frame: int) -> str:
     return f"{MASK}/{source_frame:05d}.png"
 
 
-def _masks_by_hand(folder: JobFolder, clip: Video) -> dict[int, np.ndarray]:
+def _masks_by_hand(request: Request, folder: JobFolder, clip: Video) -> dict[int, np.ndarray]:
     """Frame of the clip -> uint8 (H, W), of the masks that must be kept.
 
     Raises:
@@ -133,7 +135,7 @@ def _masks_by_hand(folder: JobFolder, clip: Video) -> dict[int, np.ndarray]:
         if path.suffix.lower() in SUFFIXES and name not in expected and not folder.is_ours(name):
             raise UserError(f"{path}: is no mask of {clip.path.name}, which has {clip.total} frames; expected 00000.png to "
                             f"{clip.total - 1:05d}.png. Move it out of the folder.")  # fmt: skip
-    names = {frame: _mask_name(clip.first + frame) for frame in range(len(clip.frames))}
+    names = {frame: _mask_name(request.in_source(frame)) for frame in range(len(clip.frames))}
     return {frame: read_grey(folder.path / name, clip) for frame, name in names.items() if folder.keeps(name)}
 
 
@@ -145,12 +147,12 @@ def _write_frames(request: Request, folder: JobFolder, clip: Video) -> list[str]
     return [f"wrote     {folder.path / name}" for name in names.values() if name not in folder.kept]
 
 
-def _write_masks(folder: JobFolder, clip: Video, grey: np.ndarray) -> list[str]:
-    """One for every frame of the source, black beyond the clip; those of a longer source before go."""
+def _write_masks(request: Request, folder: JobFolder, clip: Video, grey: np.ndarray) -> list[str]:
+    """One for every frame of the source, black where the clip has none; those of a longer source before go."""
     black = np.zeros_like(grey[0])
+    used = {request.in_source(frame): mask for frame, mask in enumerate(grey)}
     for index in stepping(range(clip.total), f"writing {MASK}"):
-        frame = index - clip.first
-        folder.write_png(_mask_name(index), grey[frame] if 0 <= frame < len(grey) else black)
+        folder.write_png(_mask_name(index), used.get(index, black))
     for path in (folder.path / MASK).glob("*"):
         name = f"{MASK}/{path.name}"
         if folder.is_ours(name) and int(path.stem) >= clip.total:

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Request:
-    """One call. Frames of the clip are counted from `start`.
+    """One call. Frames of the clip are counted from `start`, in steps of `every`.
 
     Attributes:
         source: the video to edit, or a folder of images.
@@ -28,6 +28,7 @@ class Request:
         painted: frame of the clip -> region painted as a picture, white = edit.
         margin: share of the region's size by which the mask is wider on every side.
         start: source frame that is the clip's frame 0.
+        every: the clip takes every so manyth source frame.
         frames: length of the clip; None: what a job takes by default.
         caption, edited_caption: for job.toml.
         model: family of the model, for edit.toml; None: Wan, or what edit.toml says already.
@@ -43,12 +44,17 @@ class Request:
     painted: Mapping[int, Path] = field(default_factory=dict)
     margin: float = MARGIN
     start: int = 0
+    every: int = 1
     frames: int | None = None
     caption: str | None = None
     edited_caption: str | None = None
     model: Family | None = None
     ckpt: Path | None = None
     overwrite: bool = False
+
+    def in_source(self, frame: int) -> int:
+        """The source's frame that is `frame` of the clip."""
+        return self.start + frame * self.every
 
     def check(self) -> None:
         """What can be told before the source is read.
@@ -59,6 +65,8 @@ class Request:
         errors = ErrorCollector()
         if self.start < 0:
             errors.add(f"--start {self.start}: must be 0 or more; source frames are counted from 0.")
+        if self.every < 1:
+            errors.add(f"--every {self.every}: must be 1 or more; 2 takes every other source frame.")
         if not 0 <= self.margin < float("inf"):
             errors.add(f"--margin {self.margin:g}: must be 0 or more, a share of the region's size.")
         errors.raise_if_any()

@@ -35,6 +35,7 @@ type = "{family}"
 def job_toml(request: Request, frames: int) -> str:
     """The job as TOML; paths are relative to its folder."""
     lines = [f"source = {_relative(request.source, request.out)}", f'mask = "{MASK}"', f"start = {request.start}",
+             *([f"every = {request.every}"] * (request.every > 1)),
              f"frames = {frames}   # the mask is black beyond them"]  # fmt: skip
     captions = (("caption", request.caption), ("edited_caption", request.edited_caption))
     lines += [f"{key} = {_text(words.strip())}" for key, words in captions if words and words.strip()]

@@ -149,6 +149,15 @@ def test_from_a_video_to_a_job_in_two_calls(folder):
     assert {"preview.mp4", "preview.png", "mask", "frame.png", "job.toml", "edit.toml"} <= found
 
 
+def test_every_other_frame_is_tracked_and_its_masks_are_those_that_the_job_reads(folder):
+    prepare(request(folder, boxes=box_at(1), start=1, every=2, frames=5))
+    job = job_of(folder)
+    assert (job.start, job.every, len(job.frames)) == (1, 2, 5)
+    masks = [read_image(folder / "job" / "mask" / f"{index:05d}.png")[..., 0] for index in range(13)]
+    assert [bool(mask.any()) for mask in masks] == [index in (1, 3, 5, 7, 9) for index in range(13)]
+    assert (job.grey_mask == np.stack(masks[1:10:2])).all()
+
+
 def test_frames_outside_the_clip_have_black_masks_and_the_job_says_which_it_uses(folder):
     box = {0: box_of(clip_of("translating")[1][3])}
     prepare(request(folder, boxes=box, start=3, frames=5))
@@ -403,6 +412,8 @@ def test_the_same_call_again_writes_the_same(folder):
     ({"start": 10}, "has 13 frames, 3 from frame 10 on; expected at least 5"),
     ({"start": 13}, "expected at least 5"),
     ({"start": -3}, "--start -3: must be 0 or more"),
+    ({"every": 0}, "--every 0: must be 1 or more"),
+    ({"every": 3, "start": 1}, "has 13 frames, 4 from frame 1 on in steps of 3; expected at least 5"),
     ({"margin": -0.1}, "--margin -0.1: must be 0 or more"),
     ({"pictures": (13,)}, "--frame 13: the clip has frames 0 to 12"),
     ({"boxes": {13: (0, 0, 9, 9)}}, "the clip has frames 0 to 12"),
