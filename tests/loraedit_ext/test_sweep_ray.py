@@ -63,8 +63,9 @@ def records(path: Path) -> list[dict]:
     return [json.loads(file.read_text()) for file in sorted((path.parent / "sweep" / "trials").glob("*/trial.json"))]
 
 
-def record_of(path: Path, kind: str) -> dict:
-    return next((record for record in records(path) if record["values"]["optimizer.type"] == kind), {})
+def record_of(path: Path, value: object) -> dict:
+    """Of the trial that has this value of the one parameter."""
+    return next((record for record in records(path) if [*record["values"].values()] == [value]), {})
 
 
 def alive(process: psutil.Process) -> bool:
@@ -86,21 +87,21 @@ def listening(processes: list[psutil.Process]) -> set[str]:
 @pytest.mark.slow
 def test_a_killed_workers_trial_is_tried_again_and_a_failing_one_is_not(edit_folder, environment):
     path = write_sweep(edit_folder, 'jobs = 2\noverrides = ["stage.0.steps=1000000"]\n'
-                                    '[parameters]\n"optimizer.type" = ["adamw", "nonsense"]\n')
+                                    '[parameters]\n"adapter.exclude_modules" = [[], ["nonsense"]]\n')
     process = start(path, environment)
     runs = path.parent / "sweep" / "trials"
     logs = lambda: list(runs.glob("*/runs/*/metrics.jsonl"))  # noqa: E731
     try:
         (first_log,) = wait_for("training", logs, process)
         ours = psutil.Process(process.pid).children(recursive=True)
-        worker = psutil.Process(record_of(path, "adamw")["pid"])
+        worker = psutil.Process(record_of(path, [])["pid"])
         assert worker in ours
         (trainer,) = worker.children()
         assert "train.py" in " ".join(trainer.cmdline())
         assert listening(ours) == {"127.0.0.1"}
         worker.kill()
         wait_for("end of the killed worker's trainer", lambda: not alive(trainer))
-        assert wait_for("second attempt", lambda: record_of(path, "adamw")["attempts"] == 2, process)
+        assert wait_for("second attempt", lambda: record_of(path, [])["attempts"] == 2, process)
         first_log.parent.rename(path.parent / "first")  # never saved a state, so the second attempt is a new run
         (second_log,) = wait_for("training anew", logs, process)
         (second_log.parent / "save_quit").touch()
@@ -109,7 +110,7 @@ def test_a_killed_workers_trial_is_tried_again_and_a_failing_one_is_not(edit_fol
         process.terminate()
         process.wait(PATIENCE)
     assert process.returncode == 1, out
-    good, bad = record_of(path, "adamw"), record_of(path, "nonsense")
+    good, bad = record_of(path, []), record_of(path, ["nonsense"])
     assert (good["status"], good["attempts"], good["done"]) == ("done", 2, ["train"])
     assert (bad["status"], bad["attempts"], bad["failed"]) == ("failed", 1, "train")
     assert bad["exit_status"] == 2
