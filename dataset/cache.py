@@ -43,7 +43,7 @@ class LatentCache:
         try:
             with self.path(identity).open("rb") as file:
                 return _matches(_metadata(file), identity)
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             return False
 
     def get(self, identity: dict[str, Any]) -> EncodedTriple | None:
@@ -56,7 +56,7 @@ class LatentCache:
                 metadata = _metadata(file)
                 file.seek(0)
                 tensors = load(file.read())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (SafetensorError, ValueError) as error:
             return _discard(path, found, f"is truncated or damaged ({error})")

@@ -192,7 +192,7 @@ class _Loader:
         source = self._source()
         count = self._count(source) if source else 0
         mask = self._mask(source, count)
-        fitted = self._fit(source, mask) if source else None
+        fitted = self._fit(source, mask if count else None) if source else None
         edits = self._edits(source, fitted, count, caption)
         clips = self._clips(count)
         self.errors.raise_if_any()
@@ -214,6 +214,8 @@ class _Loader:
         cover = mask.mean((1, 2)) / 2.55
         self._say(f"mask {settings.mask.name} marks {cover.mean():.1f} % of the picture as edit "
                   f"({cover.min():.1f} to {cover.max():.1f} %, by its grey values)")
+        if empty := int(np.count_nonzero(~mask.any((1, 2)))):
+            self._say(f"mask {settings.mask.name} marks nothing in {empty} of the {count} used frames")
         times = source.times[:count]
         span = float(times[-1] - times[0]) * count / (count - 1)
         audio = AudioSpan(settings.source, float(times[0]), span) if source.has_audio else None

@@ -41,7 +41,9 @@ def at_source_size(job: EditJob) -> EditJob:
 def _first_edit(job: EditJob, source: np.ndarray) -> EditedFrame:
     picture = images.read_image(job.first_edit.path)
     if picture.shape == source.shape:
-        return replace(job.first_edit, image=picture)
+        image = source.copy()
+        job.fit.cut(image)[:] = job.fit.cut(picture)
+        return replace(job.first_edit, image=image)
     return replace(job.first_edit, image=job.fit.laid_over(source, picture), enlarged=True)
 
 

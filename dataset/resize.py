@@ -121,6 +121,11 @@ class Fit:
         return self.crop != self.source
 
     @property
+    def whole(self) -> bool:
+        """Whether nothing is cut and nothing scaled."""
+        return self.crop == self.size == self.source
+
+    @property
     def factors(self) -> tuple[float, float]:
         """Scale along width and height."""
         return self.size[0] / self.crop[0], self.size[1] / self.crop[1]
@@ -137,7 +142,7 @@ class Fit:
 
     def frames(self, frames: np.ndarray) -> np.ndarray:
         """uint8 (F, H, W, 3) at source size -> working size."""
-        return frames if self.size == self.source else np.stack([self.image(frame) for frame in frames])
+        return frames if self.whole else np.stack([self.image(frame) for frame in frames])
 
     def mask(self, mask: np.ndarray) -> np.ndarray:
         """uint8 (F, H, W) at source size -> working size: the brightest source pixel under each pixel."""

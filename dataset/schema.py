@@ -42,7 +42,8 @@ class JobSettings(Settings):
     """One edit job: a video, the mask of the region to edit, and the edited frames."""
 
     elsewhere = dict.fromkeys(
-        ("directory", "resolutions", "enable_ar_bucket", "ar_buckets", "frame_buckets", "size_buckets"),
+        ("directory", "resolutions", "enable_ar_bucket", "min_ar", "max_ar", "num_ar_buckets", "ar_buckets", "frame_buckets",
+         "size_buckets", "num_repeats", "caption_prefix", "shuffle_tags", "cache_shuffle_num"),
         "this is a key of diffusion-pipe's datasets; an edit job names one `source`, its `mask` and [[edited_frame]]s "
         "(prepare.py writes one).",
     )

@@ -77,7 +77,7 @@ def read_images(
     path: Path, first: int = 0, count: int | None = None, fps: Fraction | None = None, every: int = 1,
     read: ReadPicture = images.read_image,
 ) -> Video:
-    """Read the pictures of a folder in natural order as a video; all of them must have one size.
+    """Read the pictures of a folder in natural order as a video; those that are kept must have one size.
 
     Which are kept is as with `read_video`.
 
@@ -91,6 +91,8 @@ def read_images(
     frames: list[np.ndarray] = []
     shape: tuple[int, ...] | None = None
     for index, file in enumerate(stepping(files, f"reading {path.name}")):
+        if shape and not _wanted(index, first, count, every):
+            continue  # a mask for each of thousands of frames, of which a few dozen are used
         image = read(file)
         shape = shape or image.shape
         if image.shape != shape:

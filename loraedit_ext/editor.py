@@ -119,7 +119,7 @@ def check_lora(adapter: lora.LoraFile, model: I2VModel, job: EditJob, rule: mask
     if facts.get("mask_rule") != rule:
         notes.append(f"mask_rule: LoRA `{facts.get('mask_rule')}`, run `{rule}`")
     trained = {"every": 1, **trained}
-    for key in ("size", "frames", "start", "every"):
+    for key in ("size", "crop", "frames", "start", "every"):
         if trained.get(key) != now[key]:
             notes.append(f"{key}: LoRA {trained.get(key)}, job {now[key]}")
     for key in ("source", "mask"):

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from common.errors import UserError
+from common.files import check_writable
 from common.progress import progress
 from dataset.cache import LatentCache
 from dataset.triple import EncodedTriple, Triple
@@ -71,6 +72,8 @@ def encode_all(
     identities = {triple.name: identity(model, triple, rule) for triple in triples}
     if world.is_main:
         missing = [triple for triple in triples if identities[triple.name] not in cache]
+        if missing:
+            check_writable(cache.folder)
         with progress(len(missing), "encoding", unit="sample") as bar:
             for triple in missing:
                 cache.put(identities[triple.name], encode(model, triple))

@@ -100,8 +100,7 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     """Check everything that can be checked before time is spent, and print the plan."""
     replicas = check_world(world, config.pipeline_stages)
     check_optimizer(config.optimizer)
-    for folder in (config.output_dir, cache_of(config).folder):
-        check_writable(folder)
+    check_writable(config.output_dir)
     model = build_model(config, world.device)
     job = open_job(config, model)
     stages = plan.stages(config, job)
@@ -165,6 +164,7 @@ def edit(config: RunConfig, lora_path: Path | None, out: Path | None) -> Path:
     adapter = lora.read(lora_path or runs.newest_lora(config.output_dir), model)
     for note in (*regimes.left_out(job), *check_lora(adapter, model, job, config.mask_rule)):
         print(f"note      {note}", flush=True)
+    check_writable(out or adapter.path.parent)
     stacked = [(lora.read(extra.path, model), extra.strength) for extra in config.edit.lora]
     for extra, _ in stacked:
         lora.check_model(extra, model)

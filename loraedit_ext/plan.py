@@ -16,7 +16,7 @@ from dataset.job import EditJob
 from dataset.triple import Triple
 from loraedit_ext import regimes
 from loraedit_ext.config import OFFLOAD, EditSettings, RunConfig, StageSettings
-from loraedit_ext.sampling import result_size
+from loraedit_ext.sampling import is_laid_back, result_size
 from models.base import I2VModel
 from models.layers import PipelineLayer
 from models.offload import ON_DEVICE
@@ -231,8 +231,8 @@ def clip_notes(job: EditJob, model: I2VModel) -> Iterator[str]:
         every = round(rate * job.every / model.trained_fps)
         slower = rate * job.every / every
         yield (f"{model.family} was trained on {model.trained_fps} frames a second; at {rate:.4g} the {count} frames are "
-               f"{count / rate:.1f} s, of motion that looks slow to it: every = {every} in the job makes it {slower:.4g} and "
-               f"the same frames {count / slower:.1f} s")  # fmt: skip
+               f"{count / rate:.1f} s, of motion that looks slow to it: every = {every} in the job makes it {slower:.4g}, "
+               f"and {count} frames {count / slower:.1f} s; prepare.py --every {every} makes the masks for it")  # fmt: skip
     if count > model.trained_frames:
         yield (f"{count} frames are beyond the {model.trained_frames} that {model.family} was trained on: what is made may "
                "repeat itself or fall apart; take fewer, or cover the same time with a larger `every`")  # fmt: skip
@@ -285,10 +285,12 @@ def describe(
 def describe_result(job: EditJob, settings: EditSettings) -> str:
     """The size that the edited video will have."""
     width, height = result_size(job, settings)
-    if job.size == job.original_size:
+    if job.fit.whole:
         why = "as the source"
-    elif (width, height) == job.original_size:
-        why = f"as the source: the region is scaled up from {job.size[0]}x{job.size[1]} and laid over the source's own frames"
+    elif is_laid_back(job, settings):
+        (w, h), (left, top, *crop) = job.size, job.crop
+        scaled = "" if (w, h) == (*crop,) else f" is scaled from {w}x{h} to {crop[0]}x{crop[1]} and"
+        why = f"as the source: what is made{scaled} is laid over the source's own frames at ({left}, {top})"
     else:
         why = "the size that the model works at, as " + ("edit.size" if settings.composite else "edit.composite") + " asks"
     return f"result    {width}x{height}, {why}"

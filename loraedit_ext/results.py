@@ -25,7 +25,7 @@ from loraedit_ext.config import RunConfig
 from loraedit_ext.editor import Edit
 from loraedit_ext.lora import LoraFile
 from loraedit_ext.pictures import contact_sheet, overlaid, side_by_side
-from loraedit_ext.sampling import finished_at_source_size, result_size
+from loraedit_ext.sampling import finished_at_source_size, is_laid_back, result_size
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "deepspeed")
 EDITED_VIDEO, EDITED_FRAMES, GENERATED, RECORD = "edited.mp4", "edited", "generated.mkv", "edited.json"
@@ -78,7 +78,7 @@ def write(folder: Path, edit: Edit, job: EditJob, config: RunConfig, adapter: Lo
     times = job.times if job.variable_rate else None
     write_lossless(folder / GENERATED, edit.generated, job.fps)
     frames = edit.frames
-    if result_size(job, config.edit) != job.size:
+    if is_laid_back(job, config.edit):
         frames = finished_at_source_size(job, edit.generated, config.edit)
     if config.edit.output == "png":
         write_images(folder / EDITED_FRAMES, frames)

@@ -70,6 +70,11 @@ def result_size(job: EditJob, settings: EditSettings) -> Size:
     return job.original_size if settings.size == "source" and settings.composite else job.size
 
 
+def is_laid_back(job: EditJob, settings: EditSettings) -> bool:
+    """Whether the result is the source's own frames with what was generated laid over them, cut or scaled as it was."""
+    return settings.size == "source" and settings.composite and not job.fit.whole
+
+
 def finished_at_source_size(job: EditJob, generated: np.ndarray, settings: EditSettings) -> np.ndarray:
     """The edit at the source's own size: the generated region scaled up, over the source's own frames.
 

@@ -145,6 +145,10 @@ class Trainer:
                 f"{folder}: is of another model or rank ({facts['model']}, rank {facts['rank']}) than this run "
                 f"({self.model.describe()}, rank {self.config.adapter.rank})."
             )
+        if facts["step"] >= self.total and not state.is_newest(folder):
+            there = folder.parent / f"step{facts['step']}" / lora.EXPORT_NAME
+            raise UserError(f"{folder}: is at step {facts['step']}, and the stages end at step {self.total}: nothing is left "
+                            f"to train. To edit with what was learned until then: inference.py --lora {there}")  # fmt: skip
         state.load(folder, self._weights_by_layer(), self.optimizer)
         return facts["step"]
 

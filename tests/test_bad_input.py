@@ -9,6 +9,7 @@ import inference
 import train
 from dataset.images import write_png
 from dataset.video_writer import write_mp4
+from models.wan.checkpoint import WanCheckpoint
 from tests.conftest import square_clip
 
 
@@ -91,11 +92,16 @@ def test_training_ends_with_a_clear_message(edit_folder, capsys, name):
     (["optimizer.type=adamw_optimi"], "use 'adamw'"),
     (["optimizer.weight_decy=0.1"], "takes no such argument"),
     (["output_dir=edit.toml/runs"], "is a file"),
-    (["cache_dir=edit.toml"], "is a file"),
 ])
 def test_what_would_end_a_run_late_ends_the_dry_run(edit_folder, capsys, overrides, words):
     assert train.main(["--config", str(edit_folder.config), "--dry_run", *overrides]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_ends_a_run_before_an_encoder_is_loaded(edit_folder, capsys, monkeypatch):
+    monkeypatch.setattr(WanCheckpoint, "load_vae", lambda *_: pytest.fail("the VAE was loaded"))
+    assert train.main(["--config", str(edit_folder.config), "cache_dir=edit.toml"]) == 2
+    assert "is a file" in capsys.readouterr().err
 
 
 def test_a_t2v_model_is_refused_by_name(edit_folder, tiny_wan, tmp_path, capsys):

@@ -50,16 +50,18 @@ def concat_cond(options: dict) -> torch.Tensor:
     return torch.cat([1.0 - options["concat_mask"], options["concat_latent_image"]], dim=1)
 
 
-@pytest.mark.parametrize("rule", ["all", "nearest"])
-def test_the_model_gets_the_condition_of_our_own_inference(node, media, tiny_wan, rule):
+@pytest.mark.parametrize(("rule", "keep_outside"), [("all", True), ("nearest", True), ("all", False)])
+def test_the_model_gets_the_condition_of_our_own_inference(node, media, tiny_wan, rule, keep_outside):
     source, mask, edited = media
     model = MaskedWan(WanCheckpoint.open(tiny_wan), torch.device("cpu"), rule)
     text = [[torch.zeros(1, 3, 8), {"pooled_output": None}]]
     positive, negative, latent = node.LoraEditCondition().condition(
-        text, text, Vae(model), source, mask, edited, clip_vision_output="clip", mask_rule=rule
+        text, text, Vae(model), source, mask, edited, clip_vision_output="clip", mask_rule=rule,
+        keep_outside=keep_outside,
     )
     preserve = masks.with_first_frame(mask < 0.5)
-    video = torch.cat([edited, source[1:]]).movedim(-1, 0) * 2 - 1
+    first = torch.where(mask[:1, ..., None] < 0.5, source[:1], edited) if keep_outside else edited
+    video = torch.cat([first, source[1:]]).movedim(-1, 0) * 2 - 1
     ours = model.encode_condition(video, preserve, video[:, 0], "p3rs0n, a square")["y"]
     for made in (positive, negative):
         features, options = made[0]
@@ -77,7 +79,8 @@ def test_one_mask_serves_all_frames(node, media):
     every = node.LoraEditCondition().condition([[0, {}]], [[0, {}]], vae, source, mask[4:5].repeat(FRAMES, 1, 1), edited)[0]
     assert torch.equal(concat_cond_mask(still), concat_cond_mask(every))
     assert torch.equal(still[0][1]["concat_latent_image"], every[0][1]["concat_latent_image"])
-    assert (still[0][1]["concat_latent_image"][0] == edited[0]).all()
+    first = still[0][1]["concat_latent_image"][0]
+    assert (first == torch.where(mask[4, ..., None] > 0.5, edited[0], source[0])).all()
 
 
 def concat_cond_mask(conditioning: list) -> torch.Tensor:

@@ -38,19 +38,24 @@ class LoraEditCondition:
             "optional": {
                 "clip_vision_output": ("CLIP_VISION_OUTPUT", {"tooltip": "of the edited first frame"}),
                 "mask_rule": (["all", "nearest"], {"tooltip": "mask_rule of the training run"}),
+                "keep_outside": ("BOOLEAN", {"default": True, "tooltip": "keep_outside of the job: of the edited first frame "
+                                             "only what lies inside the first mask counts"}),
             },
         }
 
     def condition(
         self, positive: list[Any], negative: list[Any], vae: Any, source: Tensor, mask: Tensor, edited_first_frame: Tensor,
-        clip_vision_output: Any = None, mask_rule: str = "all",
+        clip_vision_output: Any = None, mask_rule: str = "all", keep_outside: bool = True,
     ) -> tuple[list[Any], list[Any], dict[str, Tensor]]:
         """Both conditionings with the condition latents and Wan's four mask channels, and an empty latent to start from."""
         frames, height, width = source.shape[:3]
         _check(source, mask, edited_first_frame)
         preserve = (mask < GREY).expand(frames, -1, -1).clone()
+        first = edited_first_frame[:1, ..., :3]
+        if keep_outside:
+            first = torch.where(preserve[:1, ..., None], source[:1, ..., :3], first)
         preserve[0] = True
-        video = torch.cat([edited_first_frame[:1, ..., :3], source[1:, ..., :3]])
+        video = torch.cat([first, source[1:, ..., :3]])
         known = torch.where(preserve[..., None], video, GREY)
         values = {"concat_latent_image": vae.encode(known), "concat_mask": 1 - mask_channels(preserve, mask_rule)}
         if clip_vision_output is not None:

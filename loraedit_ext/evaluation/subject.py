@@ -108,7 +108,9 @@ def from_edit(config: RunConfig, folder: Path) -> Subject:
     hashes["edited"] = hash_media(_existing(edited))
     if generated.is_file():
         files["generated"], hashes["generated"] = generated, hash_media(generated)
-    whole = job if record.get("size", made["size"]) == made["size"] else at_source_size(job)
+    settings = record["config"]["edit"]
+    laid_back = settings["composite"] and settings.get("size") == "source" and not job.fit.whole
+    whole = at_source_size(job) if laid_back else job
     return Subject(
         name=job.name, source=whole.frames, edited=_frames(edited, whole.frames.shape),
         preserve=regimes.preserve_mask(whole).numpy(), reference=regimes.edited_picture(whole, whole.first_edit),

@@ -99,7 +99,7 @@ def _refuse(path: Path, differences: list[str]) -> None:
 
 def _differences(text: str, path: Path) -> list[str]:
     """What the job at `path` has otherwise than `text` would; what `text` leaves out is free."""
-    asked, found = tomllib.loads(text), load_job_settings(path)
+    asked, found = {"every": 1} | tomllib.loads(text), load_job_settings(path)
     edited = {(_place(path, entry["image"]), entry["frame"]) for entry in asked.pop("edited_frame", [])}
     told = [
         f"{key} = {_shown(getattr(found, key))}; this call asks for {_shown(value)}" for key, value in asked.items()

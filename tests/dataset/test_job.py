@@ -158,6 +158,20 @@ def test_a_crop_is_worked_on_pixel_by_pixel(folder):
     assert "reaches beyond source.mkv, which is 64x48" in error_of(folder, crop=[40, 0, 32, 48])
 
 
+def test_mistakes_are_told_where_a_crop_cannot_be_made_for_them(folder):
+    write_picture(folder / "still.png", box_masks(1)[0])
+    still = BASE.replace('"masks"', '"still.png"') + EDITS
+    assert "must be 4n+1" in error_of(folder, still, frames=10, crop="mask")
+    assert "must be 4n+1" in error_of(folder, still, frames=10, size=[96, 96])
+    assert "expected at least" in error_of(folder, still, start=100, crop="mask")
+
+
+def test_frames_without_a_mask_are_told(folder):
+    for index in range(3):
+        write_picture(folder / "masks" / f"{index:05d}.png", np.zeros((48, 64), np.uint8))
+    assert any("marks nothing in 3 of the 17 used frames" in choice for choice in load(folder, BASE).choices)
+
+
 def test_a_crop_around_the_mask_holds_all_of_it(folder):
     job = load(folder, grid=Grid(max_area=32 * 32), crop="mask")
     marked = np.argwhere((box_masks(17) > 0).any(0))

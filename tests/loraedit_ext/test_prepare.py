@@ -149,6 +149,15 @@ def test_from_a_video_to_a_job_in_two_calls(folder):
     assert {"preview.mp4", "preview.png", "mask", "frame.png", "job.toml", "edit.toml"} <= found
 
 
+def test_a_job_with_a_hand_written_every_is_not_given_the_masks_of_other_frames(folder):
+    prepare(request(folder, boxes=box_at(0), frames=5))
+    job = folder / "job" / "job.toml"
+    job.write_text("every = 2\n" + job.read_text())
+    with pytest.raises(UserError, match="every = 2; this call asks for 1"):
+        prepare(request(folder, boxes=box_at(0), frames=5))
+    prepare(request(folder, boxes=box_at(0), frames=5, every=2))
+
+
 def test_every_other_frame_is_tracked_and_its_masks_are_those_that_the_job_reads(folder):
     prepare(request(folder, boxes=box_at(1), start=1, every=2, frames=5))
     job = job_of(folder)

@@ -115,6 +115,34 @@ def test_a_crop_is_laid_back_pixel_by_pixel(folder):
     assert (subject.generated.source == job.frames).all()
 
 
+def test_a_crop_that_is_worked_on_at_the_sources_own_size_is_cut_and_laid_back(folder):
+    """The most natural use: a part of the picture at all the resolution that the model has."""
+    mask = read_image(folder / "mask.png")[:64, :96, 0]
+    even = {"source": np.ascontiguousarray(source_of(folder)[:, :64, :96]), "mask": mask}
+    write_images(folder / "source", even["source"])
+    write_png(folder / "mask.png", even["mask"])
+    write_png(folder / "first.png", 255 - even["source"][0])
+    job, generated, out = written(folder, "edit.feather=0", crop=[36, 21, 48, 32], size=[96, 64])
+    assert job.size == job.original_size == (96, 64)
+    assert (job.frames[0] == job.fit.image(even["source"][0])).all()
+    assert (out[1:, even["mask"] == 0] == even["source"][1:, even["mask"] == 0]).all()
+    laid = job.fit.laid_over(even["source"][1], generated[1])
+    inside = np.zeros_like(even["mask"], bool)
+    inside[25:53, 40:80] = even["mask"][25:53, 40:80] > 0
+    assert (out[1, inside] == laid[inside]).all()
+    assert "what is made is scaled from 96x64 to 48x32 and is laid over" in plan.describe_result(job, EditSettings())
+    subject = from_edit(load_config(folder / "edit.toml"), folder / "edit")
+    assert (subject.source == even["source"]).all()
+    assert (subject.generated.source == job.frames).all()
+
+
+def test_an_edit_beyond_the_crop_does_not_flash_up_in_frame_0(folder):
+    write_png(folder / "first.png", 255 - source_of(folder)[0])
+    _, _, out = written(folder, crop=[32, 16, 64, 48], keep_outside=False)
+    assert (out[0, :, :32] == source_of(folder)[0, :, :32]).all()
+    assert (out[0, 16:64, 32:96] == 255 - source_of(folder)[0, 16:64, 32:96]).all()
+
+
 def test_an_edited_frame_of_the_working_size_gives_its_region_alone(folder):
     write_png(folder / "first.png", np.full((64, 96, 3), 7, np.uint8))
     _, _, out = written(folder, "edit.feather=0")
@@ -144,7 +172,7 @@ def test_the_result_stays_as_the_model_works_where_that_is_asked_for(folder, ove
 def test_the_plan_tells_the_results_size(folder):
     job = load_job(folder / "job.toml", Grid())
     assert plan.describe_result(job, EditSettings()).startswith(
-        "result    101x67, as the source: the region is scaled up from 96x64"
+        "result    101x67, as the source: what is made is scaled from 96x64 to 101x67 and is laid over the source's own frames"
     )
     assert plan.describe_result(load_job(folder / "job.toml", Grid(size_step=1)), EditSettings()) == \
         "result    101x67, as the source"

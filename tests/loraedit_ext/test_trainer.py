@@ -105,6 +105,15 @@ def test_an_earlier_state_goes_on_in_a_new_run_and_leaves_the_first_as_it_is(edi
     assert (second / "latest").read_text() == "global_step6\n"
 
 
+def test_an_earlier_state_with_nothing_left_to_train_names_its_lora(edit_folder):
+    train(edit_folder)
+    (first,) = edit_folder.runs()
+    with pytest.raises(UserError, match=r"nothing is left to train.*inference\.py --lora .*step3/adapter_model"):
+        train(edit_folder, f"resume_from_checkpoint={first / 'global_step3'}",
+              "stage=[{name='motion', steps=3, mix={motion=1}}]")
+    assert edit_folder.runs() == [first]
+
+
 def test_a_new_run_from_an_earlier_state_equals_the_first_and_is_resumed_in_place(edit_folder):
     train(edit_folder)
     (first,) = edit_folder.runs()
@@ -278,7 +287,7 @@ def test_a_clip_unlike_what_the_model_was_trained_on_is_told(edit_folder, open_m
     assert notes(24, 81) == []
     (fast,) = notes(60, 49)
     assert "wan was trained on 16 frames a second; at 60 the 49 frames are 0.8 s" in fast
-    assert "every = 4 in the job makes it 15 and the same frames 3.3 s" in fast
+    assert "every = 4 in the job makes it 15, and 49 frames 3.3 s; prepare.py --every 4" in fast
     (half,) = notes(30, 49, every=2)
     assert "every = 4 in the job makes it 15" in half
     (long,) = notes(16, 85)
