@@ -17,9 +17,12 @@ import numpy as np
 from common.errors import ErrorCollector, UserError
 from common.files import hash_json
 from dataset import images
-from dataset.resize import Fit, Grid, Size, Window, fit
+from dataset.resize import Box, Fit, Grid, Size, box_around, fit
 from dataset.schema import EditedFrameSettings, JobSettings, load_job_settings
 from dataset.video import Video, hash_media, nice_rate, read_media
+
+FIELDS_BEFORE = {"every": 1, "keep_outside": False}
+"""What `EditJob.fields` of older files meant where they lack these keys."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,19 +325,18 @@ class _Loader:
                   f"{source.total - count} of {source.total} unused")
         return count
 
-    def _window(self, source: Video, mask: np.ndarray | None) -> Window:
+    def _window(self, source: Video, mask: np.ndarray | None) -> Box:
         """The part of the source that is used."""
         crop, (width, height) = self.settings.crop, source.size
+        whole = (0, 0, width, height)
         if crop == "mask":
-            marked = (0, 0, width, height) if mask is None else _marked(mask)
-            return self.grid.window(marked, source.size)
-        if crop is None:
-            return (0, 0, width, height)
-        if crop[0] + crop[2] > width or crop[1] + crop[3] > height:
+            marked = None if mask is None else _bright(mask).any(0)
+            return self.grid.window(whole if marked is None or not marked.any() else box_around(marked), source.size)
+        if crop and (crop[0] + crop[2] > width or crop[1] + crop[3] > height):
             self._fail(f"`crop` = {list(crop)}: [left, top, width, height] reaches beyond {source.path.name}, which is "
                        f"{width}x{height}.")
-            return (0, 0, width, height)
-        return crop
+            return whole
+        return crop or whole
 
     def _fit(self, source: Video, mask: np.ndarray | None) -> Fit:
         window = self._window(source, mask)
@@ -354,7 +356,7 @@ class _Loader:
             self._say(f"{size[0] * size[1]} pixels a frame, more than the model's usual {self.grid.max_area}")
         return fitted
 
-    def _say_cropped(self, fitted: Fit, window: Window, mask: np.ndarray | None) -> None:
+    def _say_cropped(self, fitted: Fit, window: Box, mask: np.ndarray | None) -> None:
         (left, top), (width, height) = fitted.offset, fitted.crop
         why = "another aspect than the source" if window == (0, 0, *fitted.source) else f"`crop` = {self.settings.crop!r}"
         self._say(f"{why}: frames, mask and edited frames are cut to {width}x{height} at ({left}, {top})")
@@ -369,9 +371,7 @@ class _Loader:
         """uint8 (count, H, W) at the source's size, or None with an error."""
         path = self.settings.mask
         with self.errors.catch():
-            still = path.suffix.lower() in images.SUFFIXES
-            video = None if still else read_masks(path, self.settings.start, self.settings.every, max(1, count))
-            pictures = images.read_mask(path)[None] if video is None else video.frames
+            pictures, video = read_masks(path, self.settings.start, self.settings.every, max(1, count))
             self._hash("mask", path)
             for note in video.notes if video else ():
                 self._say(f"mask {path.name}: {note}")
@@ -379,12 +379,12 @@ class _Loader:
                 return None
             used = count if self.settings.every > 1 else None
             check_mask(path, pictures.shape[2:0:-1], video.total if video else None, source, used)
-            if still:
+            if video is None:
                 self._say(f"mask {path.name}: one still, holds for all frames")
             elif used == video.total:
                 self._say(f"mask {path.name}: {used} masks, one for each used frame")
             grey = grey_levels(path, pictures)
-            return np.repeat(grey, count, axis=0) if still else grey
+            return np.repeat(grey, count, axis=0) if video is None else grey
         return None
 
     def _edits(
@@ -452,23 +452,20 @@ def _bright(mask: np.ndarray) -> np.ndarray:
     return mask > mask.max() // 2
 
 
-def _marked(mask: np.ndarray) -> Window:
-    """The box around all that a mask (F, H, W) marks in any frame; all of the picture if nothing is marked."""
-    touched = _bright(mask).any(0)
-    rows, columns = np.flatnonzero(touched.any(1)), np.flatnonzero(touched.any(0))
-    if not len(rows):
-        return (0, 0, mask.shape[2], mask.shape[1])
-    left, top = int(columns[0]), int(rows[0])
-    return left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top
-
-
-def read_masks(path: Path, start: int, every: int, count: int) -> Video:
-    """The masks of `count` used frames, of a video or folder that has one for each frame of the source.
+def read_masks(path: Path, start: int, every: int, count: int) -> tuple[np.ndarray, Video | None]:
+    """The masks of `count` used frames, uint8 (F, H, W, 3), of a video or folder that has one for each frame of the source.
 
     One that has `count` masks in all, where `every` is above 1, has one for each used frame: it is taken as it is.
+
+    Returns:
+        The pictures and what they were read from; of a still the one picture, and None.
     """
+    if path.suffix.lower() in images.SUFFIXES:
+        return images.read_mask(path)[None], None
     video = read_media(path, start, count, every=every, read=images.read_mask)
-    return read_media(path, read=images.read_mask) if every > 1 and video.total == count else video
+    if every > 1 and video.total == count:
+        video = read_media(path, read=images.read_mask)
+    return video.frames, video
 
 
 def check_mask(path: Path, size: tuple[int, ...], total: int | None, source: Video, used: int | None = None) -> None:

@@ -40,19 +40,15 @@ def at_source_size(job: EditJob) -> EditJob:
 
 def _first_edit(job: EditJob, source: np.ndarray) -> EditedFrame:
     picture = images.read_image(job.first_edit.path)
-    if picture.shape == source.shape:
-        image = source.copy()
-        job.fit.cut(image)[:] = job.fit.cut(picture)
-        return replace(job.first_edit, image=image)
-    return replace(job.first_edit, image=job.fit.laid_over(source, picture), enlarged=True)
+    enlarged = picture.shape != source.shape
+    part = picture if enlarged else job.fit.cut(picture)
+    return replace(job.first_edit, image=job.fit.laid_over(source, part), enlarged=enlarged)
 
 
 def _mask(job: EditJob) -> np.ndarray:
-    count = len(job.frames)
-    still = job.mask.suffix.lower() in images.SUFFIXES
-    pictures = images.read_mask(job.mask)[None] if still else read_masks(job.mask, job.start, job.every, count).frames
+    pictures, _ = read_masks(job.mask, job.start, job.every, len(job.frames))
     grey = grey_levels(job.mask, pictures)
-    used = np.zeros((count, *grey.shape[1:]), np.uint8)
+    used = np.zeros((len(job.frames), *grey.shape[1:]), np.uint8)
     for frame, levels in zip(used, np.broadcast_to(grey, used.shape), strict=True):
         job.fit.cut(frame)[:] = job.fit.cut(levels)
     return used

@@ -14,13 +14,11 @@ import numpy as np
 Size = tuple[int, int]
 """(width, height) in pixels."""
 
-Window = tuple[int, int, int, int]
-"""(left, top, width, height) in pixels of the source."""
+Box = tuple[int, int, int, int]
+"""(left, top, width, height) in pixels."""
 
 MAX_STRETCH = 0.02
 """A change of aspect up to this is stretched, a larger one is cropped."""
-
-
 _AROUND = 0.25
 """Of a box's sides, how much of its surroundings a window shows on every side."""
 _LONGEST = 16 / 9
@@ -69,7 +67,7 @@ class Grid:
         ]
         return min(candidates, key=lambda size: _distance(size, source, scale))
 
-    def window(self, box: Window, source: Size) -> Window:
+    def window(self, box: Box, source: Size) -> Box:
         """A part of the source around a box, at least as large as the model's pictures, so that nothing need be scaled up.
 
         Its sides are on the grid where the source and the box leave room for that, so that it need not be scaled at all.
@@ -158,7 +156,12 @@ class Fit:
         return image[top : top + height, left : left + width]
 
 
-def fit(source: Size, size: Size, window: Window | None = None) -> Fit:
+def box_around(shape: np.ndarray) -> Box:
+    """The upright box around a shape, bool (H, W); all zeros where there is none."""
+    return cv2.boundingRect(shape.astype(np.uint8))
+
+
+def fit(source: Size, size: Size, window: Box | None = None) -> Fit:
     """Scale `source` to `size`, after a centred crop where the aspect changes by more than 2 %.
 
     Args:

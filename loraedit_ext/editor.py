@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from common.files import hash_file
 from dataset.cache import LatentCache
-from dataset.job import EditJob
+from dataset.job import FIELDS_BEFORE, EditJob
 from loraedit_ext import guidance, lora, masks, regimes
 from loraedit_ext.config import RunConfig
 from loraedit_ext.encode import encode_all
@@ -113,12 +113,11 @@ def check_lora(adapter: lora.LoraFile, model: I2VModel, job: EditJob, rule: mask
     if not facts:
         return [f"{adapter.path}: no LoRA-Edit metadata; taken as it is."]
     notes = []
-    trained, now = facts.get("job", {}), job.fields()
+    trained, now = FIELDS_BEFORE | facts.get("job", {}), job.fields()
     if facts.get("trigger") != job.trigger:
         notes.append(f"trigger: LoRA `{facts.get('trigger')}`, job `{job.trigger}`")
     if facts.get("mask_rule") != rule:
         notes.append(f"mask_rule: LoRA `{facts.get('mask_rule')}`, run `{rule}`")
-    trained = {"every": 1, **trained}
     for key in ("size", "crop", "frames", "start", "every"):
         if trained.get(key) != now[key]:
             notes.append(f"{key}: LoRA {trained.get(key)}, job {now[key]}")

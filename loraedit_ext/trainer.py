@@ -196,8 +196,7 @@ class Trainer:
             self.trackers.close()
 
     def _loop(self) -> None:
-        shown = {"initial": self.step, "disable": not self.world.is_main}
-        with progress(self.total, "training", unit="step", **shown) as bar:
+        with progress(self.total, "training", unit="step", initial=self.step, disable=not self.world.is_main) as bar:
             while self.step < self.total:
                 values = self._one_step()
                 bar.set_postfix_str(

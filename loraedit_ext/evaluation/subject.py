@@ -13,14 +13,15 @@ import torch
 
 from common.errors import ErrorCollector, UserError
 from dataset import images
-from dataset.job import EditJob, grey_levels, load_job
+from dataset.job import FIELDS_BEFORE, EditJob, grey_levels, load_job
 from dataset.original import at_source_size
 from dataset.resize import Grid
 from dataset.video import hash_media, read_media
 from dataset.video_writer import even_size
 from loraedit_ext import masks, regimes, results
 from loraedit_ext import run as runs
-from loraedit_ext.config import RunConfig
+from loraedit_ext.config import EditSettings, RunConfig
+from loraedit_ext.sampling import is_laid_back
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,9 +94,8 @@ def from_edit(config: RunConfig, folder: Path) -> Subject:
     """
     record = _read_record(folder / results.RECORD)
     made = record["job"]
-    then = {"every": 1, "keep_outside": False, **made}  # as before there were these keys
     kept = ("size", "crop", "frames", "start", "every", "keep_outside")
-    job = load_job(config.dataset, Grid(), {key: then[key] for key in kept})
+    job = load_job(config.dataset, Grid(), {key: (FIELDS_BEFORE | made)[key] for key in kept})
     _check_unchanged(job, made["hashes"], folder)
     if job.first_edit is None:
         raise UserError(f"{config.dataset}: has no edited frame 0, which this edit was made from. Put it back.")
@@ -108,9 +108,9 @@ def from_edit(config: RunConfig, folder: Path) -> Subject:
     hashes["edited"] = hash_media(_existing(edited))
     if generated.is_file():
         files["generated"], hashes["generated"] = generated, hash_media(generated)
-    settings = record["config"]["edit"]
-    laid_back = settings["composite"] and settings.get("size") == "source" and not job.fit.whole
-    whole = at_source_size(job) if laid_back else job
+    edit = record["config"]["edit"]
+    settings = EditSettings(composite=edit["composite"], size=edit.get("size", "model"))  # before there was `size`
+    whole = at_source_size(job) if is_laid_back(job, settings) else job
     return Subject(
         name=job.name, source=whole.frames, edited=_frames(edited, whole.frames.shape),
         preserve=regimes.preserve_mask(whole).numpy(), reference=regimes.edited_picture(whole, whole.first_edit),

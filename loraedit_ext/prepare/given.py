@@ -10,12 +10,12 @@ import numpy as np
 from common.errors import ErrorCollector, UserError
 from dataset.images import read_image, read_mask
 from dataset.job import check_mask, grey_levels
-from dataset.resize import Grid
+from dataset.resize import Grid, box_around
 from dataset.schema import JobSettings
 from dataset.video import Video, read_media
 from loraedit_ext import masks
 from loraedit_ext.prepare.difference import changed
-from loraedit_ext.prepare.regions import Region, box_around, from_box, from_picture
+from loraedit_ext.prepare.regions import Region, from_box, from_picture
 from loraedit_ext.prepare.request import Request
 
 MOST_CHANGED = 0.6
@@ -118,4 +118,3 @@ def _region_of_edit(request: Request, clip: Video, frame: int, edited: np.ndarra
         raise UserError(f"{path}: differs from {whose} in {share:.0%} of the picture, so it does not tell where the edit is. "
                         "Give the region with --box or --painted.")  # fmt: skip
     return from_box(box_around(touched), touched.shape)
-

@@ -16,6 +16,7 @@ from common.errors import UserError
 from common.progress import stepping
 from common.settings import read_toml
 from dataset.images import SUFFIXES, write_png
+from dataset.resize import box_around
 from dataset.video import Video
 from dataset.video_writer import write_mp4
 from loraedit_ext import masks
@@ -23,7 +24,7 @@ from loraedit_ext.pictures import contact_sheet, overlaid
 from loraedit_ext.prepare.difference import changed
 from loraedit_ext.prepare.folder import JobFolder
 from loraedit_ext.prepare.given import read_clip, read_given, read_grey
-from loraedit_ext.prepare.regions import Region, box_around, widened
+from loraedit_ext.prepare.regions import Region, widened
 from loraedit_ext.prepare.request import Request
 from loraedit_ext.prepare.tomls import EDIT, JOB, MASK, no_longer_there, plan_tomls
 from loraedit_ext.prepare.tracking import Track, track

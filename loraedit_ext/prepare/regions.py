@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-Box = tuple[int, int, int, int]
-"""left, top, width, height in pixels."""
+from dataset.resize import Box, box_around
+
 _CORE = 0.7
 """Share of a box's sides that the ellipse has from which its motion is read: the corners are background as a rule."""
 SMALLEST_MARGIN = 8
@@ -33,11 +33,6 @@ class Region:
     def moved(self, transform: np.ndarray) -> Region:
         """The region of another frame; what leaves the picture is cut off."""
         return Region(_warp(self.shape, transform), _warp(self.core, transform))
-
-
-def box_around(shape: np.ndarray) -> Box:
-    """The upright box around a shape, bool (H, W)."""
-    return cv2.boundingRect(shape.astype(np.uint8))
 
 
 def from_box(box: Box, size: tuple[int, int]) -> Region:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from common.errors import ErrorCollector, UserError
+from dataset.resize import Box
 from loraedit_ext.config import Family
-from loraedit_ext.prepare.regions import Box
 
 MARGIN = 0.1
 T = TypeVar("T")

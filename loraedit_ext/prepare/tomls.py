@@ -140,5 +140,3 @@ def _relative(path: Path, folder: Path) -> str:
 def _text(words: str) -> str:
     """A TOML string."""
     return json.dumps(words, ensure_ascii=False)
-
-
