@@ -204,6 +204,9 @@ class EditSettings(Settings):
     """Further LoRAs on top of it; with a step-distilled one use few steps and guidance = 1."""
     condition: EditCondition = "motion"
     """What the model is told: the background (`motion`); for the paper's ablations only the `first_frame`, `all` or `none`."""
+    clip_frames: int | None = Field(None, ge=5)
+    """Edit in pieces of at most this many frames, each from the last frame of the one before: for clips longer than the model
+    takes at once. Default: the whole clip at once. See docs/editing.md."""
     composite: bool = True
     """Put the source's own pixels back wherever the mask preserves them."""
     feather: int = Field(8, ge=0)

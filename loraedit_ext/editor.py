@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from common.files import hash_file
 from dataset.cache import LatentCache
 from dataset.job import FIELDS_BEFORE, EditJob
-from loraedit_ext import guidance, lora, masks, regimes
+from loraedit_ext import guidance, lora, masks, pieces, regimes
 from loraedit_ext.config import RunConfig
 from loraedit_ext.encode import encode_all
 from loraedit_ext.pipeline import World, autocast
@@ -55,23 +55,35 @@ class Editor:
     def edit(self, job: EditJob) -> Edit:
         """Encode, sample, decode, composite."""
         started = time.perf_counter()
-        settings = self.config.edit
-        passes = guidance.passes(job, settings, self.config.mask_rule)
-        samples, alone = [each.sample for each in passes], World(0, 0, 1, self.device)
-        told = guidance.told(passes, encode_all(self.model, samples, self.cache, self.config.mask_rule, alone))
-        shape = self.model.geometry.latent_shape(*job.frames.shape[:3])
-        forward = self._forward(self._load_transformer())
-        latents = sample_latents(self.model, forward, told, shape, settings, self.device, "editing")
-        del forward
-        generated = regimes.to_pixels(self.model.decode_video(latents))
-        self.model.free_encoders()
-        frames = finished(job, generated, settings)
+        planned = pieces.spans(len(job.frames), self.config.edit.clip_frames, self.model.geometry.temporal_stride)
+
+        def generate(piece: regimes.Piece, number: str) -> np.ndarray:
+            return self._generate(job, piece, "editing" if len(planned) == 1 else f"editing piece {number}")
+
+        generated = pieces.edit_all(job, planned, generate)
+        frames = finished(job, generated, self.config.edit)
         facts = {
-            "seconds": round(time.perf_counter() - started, 2), "tokens": _tokens(shape),
+            "seconds": round(time.perf_counter() - started, 2),
+            "tokens": _tokens(self.model.geometry.latent_shape(max(map(len, planned)), *job.frames.shape[1:3])),
+            "pieces": [[span.start, span.stop] for span in planned],
             "loras": [{"path": str(each.path), "sha256": hash_file(each.path), "strength": strength}
                       for each, strength in self.stack],
         }  # fmt: skip
         return Edit(frames, generated, facts)
+
+    def _generate(self, job: EditJob, piece: regimes.Piece, title: str) -> np.ndarray:
+        """The frames of a piece, uint8 (F, H, W, 3); the device holds the encoders or the transformer, never both."""
+        settings, rule = self.config.edit, self.config.mask_rule
+        passes = guidance.passes(job, settings, rule, piece=piece)
+        samples, alone = [each.sample for each in passes], World(0, 0, 1, self.device)
+        told = guidance.told(passes, encode_all(self.model, samples, self.cache, rule, alone))
+        shape = self.model.geometry.latent_shape(len(piece.span), *job.frames.shape[1:3])
+        forward = self._forward(self._load_transformer())
+        latents = sample_latents(self.model, forward, told, shape, settings, self.device, title)
+        del forward
+        generated = regimes.to_pixels(self.model.decode_video(latents))
+        self.model.free_encoders()
+        return generated
 
     def _forward(self, transformer: nn.Module) -> Forward:
         """The whole transformer on this device."""

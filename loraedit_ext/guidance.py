@@ -36,23 +36,26 @@ class Pass:
     weight: Weight
 
 
-def passes(job: EditJob, settings: EditSettings, rule: masks.MaskRule, name: str = "edit") -> list[Pass]:
+def passes(
+    job: EditJob, settings: EditSettings, rule: masks.MaskRule, name: str = "edit", piece: regimes.Piece | None = None
+) -> list[Pass]:
     """The edit, then what it is led away from.
 
     Args:
         settings: guidance that is 1 takes no pass.
         name: of the edit's sample; the others' names begin with it.
+        piece: what of the clip is edited; default: all.
 
     Raises:
         UserError: the job has no edited first frame.
     """
-    edit = replace(regimes.edit(job, settings.condition), name=name)
+    edit = replace(regimes.edit(job, settings.condition, piece), name=name)
     found = [Pass(edit, 0.0)]
     if settings.guidance != 1:
         negative = Unconditional(f"{name}-negative", edit.reference, settings.negative_prompt)
         found.append(Pass(negative, settings.guidance - 1))
     if settings.source_guidance != 1:
-        source = replace(regimes.unedited(job, settings.condition), name=f"{name}-source")
+        source = replace(regimes.unedited(job, settings.condition, piece), name=f"{name}-source")
         generated = 1 - masks.latent_mask(edit.mask, rule)
         found.append(Pass(source, (settings.source_guidance - 1) * generated))
     return found

@@ -14,7 +14,7 @@ from dataset.cache import LatentCache
 from dataset.job import EditJob, load_job
 from dataset.resize import Grid
 from dataset.triple import EncodedTriple, Triple
-from loraedit_ext import lora, plan, regimes
+from loraedit_ext import lora, pieces, plan, regimes
 from loraedit_ext import run as runs
 from loraedit_ext.config import Family, RunConfig, StageSettings
 from loraedit_ext.doctor import ram
@@ -169,7 +169,8 @@ def edit(config: RunConfig, lora_path: Path | None, out: Path | None) -> Path:
     for extra, _ in stacked:
         lora.check_model(extra, model)
     print(f"editing   {job.name} with {adapter.path}, strength {config.edit.lora_strength:g}", flush=True)
-    print(plan.describe_result(job, config.edit), flush=True)
+    planned = pieces.spans(len(job.frames), config.edit.clip_frames, model.geometry.temporal_stride)
+    print("\n".join([plan.describe_result(job, config.edit), *pieces.describe(planned)]), flush=True)
     for extra, strength in stacked:
         print(f"stacked   {extra.path} ({extra.layout} names), strength {strength:g}", flush=True)
     result = Editor(config, model, adapter, device, cache_of(config), stacked).edit(job)

@@ -14,7 +14,7 @@ from torch import nn
 from common.errors import UserError
 from dataset.job import EditJob
 from dataset.triple import Triple
-from loraedit_ext import regimes
+from loraedit_ext import pieces, regimes
 from loraedit_ext.config import OFFLOAD, EditSettings, RunConfig, StageSettings
 from loraedit_ext.sampling import is_laid_back, result_size
 from models.base import I2VModel
@@ -224,8 +224,12 @@ def _host_advice(config: RunConfig, memory: Memory, available: float) -> str:
             f"{available / GB:.1f} GB are available: {', or '.join(cures)}")
 
 
-def clip_notes(job: EditJob, model: I2VModel) -> Iterator[str]:
-    """In what the clip is unlike what the model was trained on, and what to change."""
+def clip_notes(job: EditJob, model: I2VModel, at_once: int) -> Iterator[str]:
+    """In what the clip is unlike what the model was trained on, and what to change.
+
+    Args:
+        at_once: frames of the longest piece that is trained on or edited.
+    """
     rate, count = float(job.fps), len(job.frames)
     if rate > FASTER * model.trained_fps:
         every = round(rate * job.every / model.trained_fps)
@@ -233,9 +237,10 @@ def clip_notes(job: EditJob, model: I2VModel) -> Iterator[str]:
         yield (f"{model.family} was trained on {model.trained_fps} frames a second; at {rate:.4g} the {count} frames are "
                f"{count / rate:.1f} s, of motion that looks slow to it: every = {every} in the job makes it {slower:.4g}, "
                f"and {count} frames {count / slower:.1f} s; prepare.py --every {every} makes the masks for it")  # fmt: skip
-    if count > model.trained_frames:
-        yield (f"{count} frames are beyond the {model.trained_frames} that {model.family} was trained on: what is made may "
-               "repeat itself or fall apart; take fewer, or cover the same time with a larger `every`")  # fmt: skip
+    if at_once > model.trained_frames:
+        yield (f"{at_once} frames at once are beyond the {model.trained_frames} that {model.family} was trained on: what is "
+               "made may repeat itself or fall apart. Train on clips (`clip_frames` in the job) and edit in pieces "
+               "(edit.clip_frames), take fewer frames, or cover the same time with a larger `every`")  # fmt: skip
 
 
 def describe(
@@ -256,14 +261,16 @@ def describe(
         return predict_memory(changed, model, transformer, tokens, transformer.config.dim, blocks)
 
     memory = predict(config)
+    planned = pieces.spans(len(job.frames), config.edit.clip_frames, model.geometry.temporal_stride)
+    at_once = max(map(len, (*planned, *job.clips)))
     total = len([t for group in samples.values() for t in group])
     lines = [
         f"model     {config.model.type} from {config.model.source}: "
         + ", ".join(f"{k} {v}" for k, v in model.describe().items() if k != "family"),
         f"layout    {model.checkpoint.describe_layout()}",
         *(f"job       {choice}" for choice in job.choices),
-        describe_result(job, config.edit),
-        *(f"note      {note}" for note in clip_notes(job, model)),
+        describe_result(job, config.edit), *pieces.describe(planned),
+        *(f"note      {note}" for note in clip_notes(job, model, at_once)),
         *(f"samples   {regime}: {', '.join(group)}" for regime, group in names.items()),
         f"latents   {tokens} tokens in the largest sample; cache: {cached} of {total} samples are there",
         *(f"stage     {stage.name}: {stage.steps} steps, {per_step} sample(s) a step, mix "

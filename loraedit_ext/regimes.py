@@ -8,7 +8,8 @@
 | edit (inference)   | as motion, frame 0 := edited frame 0       | as motion                            | -           |
 | unedited (guidance)| as motion                                  | as motion                            | -           |
 
-For the paper's ablations (figure 2) the edit can be told less or more than that, see `EditCondition`.
+For the paper's ablations (figure 2) the edit can be told less or more than that, see `EditCondition`. A long clip is edited
+piece by piece (`loraedit_ext.pieces`); each piece but the first begins with what the one before it made.
 
 Axes: F pixel frames, H W pixels.
 """
@@ -16,6 +17,7 @@ Axes: F pixel frames, H W pixels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -142,19 +144,54 @@ def appearance(job: EditJob) -> list[Triple]:
     return [_of_edited_frame(job, edited, preserve) for edited in job.edited_frames if edited.index > 0]
 
 
-def edit(job: EditJob, condition: EditCondition = "motion") -> Triple:
-    """Inference: as motion over the whole video, with the edited first frame in place of frame 0."""
-    return _to_generate(job, "edit", with_first_edit(job), condition)
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """What of a clip is edited at once."""
+
+    span: range
+    """Its frames."""
+    first: np.ndarray
+    """uint8 (H, W, 3): the picture that it begins with."""
 
 
-def unedited(job: EditJob, condition: EditCondition = "motion") -> Triple:
+def whole_clip(job: EditJob) -> Piece:
+    """All frames, from the edited first one on.
+
+    Raises:
+        UserError: the job has no edited first frame.
+    """
+    return Piece(range(len(job.frames)), with_first_edit(job)[0])
+
+
+def continuing(job: EditJob, span: range, made: np.ndarray) -> Piece:
+    """A later piece. It begins with the edited picture of its first frame if there is one, else with what was made of it.
+
+    Args:
+        made: uint8 (H, W, 3), what the piece before generated there; with `keep_outside` its region alone counts.
+    """
+    index = span.start
+    given = next((frame for frame in job.edited_frames if frame.index == index), None)
+    if given is not None:
+        return Piece(span, edited_picture(job, given))
+    return Piece(span, within(made, job.frames[index], preserve_mask(job)[index].numpy()) if job.keep_outside else made)
+
+
+def edit(job: EditJob, condition: EditCondition = "motion", piece: Piece | None = None) -> Triple:
+    """Inference: as motion over the whole video, or a piece of it, with the edited first frame in place of frame 0."""
+    piece = piece or whole_clip(job)
+    return _to_generate(job, "edit", piece, condition)
+
+
+def unedited(job: EditJob, condition: EditCondition = "motion", piece: Piece | None = None) -> Triple:
     """As the edit, prompt included, but for frame 0, which is the source's own: what source guidance leads away from."""
-    return _to_generate(job, "unedited", job.frames, condition)
+    span = piece.span if piece else range(len(job.frames))
+    return _to_generate(job, "unedited", Piece(span, job.frames[span.start]), condition)
 
 
-def _to_generate(job: EditJob, name: str, frames: np.ndarray, condition: EditCondition) -> Triple:
-    preserve = _told(preserve_mask(job, whole=condition != "motion"), condition)
-    video = to_unit(frames)
+def _to_generate(job: EditJob, name: str, piece: Piece, condition: EditCondition) -> Triple:
+    start, stop = piece.span.start, piece.span.stop
+    preserve = _told(preserve_mask(job, whole=condition != "motion")[start:stop], condition)
+    video = to_unit(np.concatenate([piece.first[None], job.frames[start + 1 : stop]]))
     return Triple(
         name=name,
         condition=masks.grey_fill(video, preserve),

@@ -212,6 +212,8 @@ def settings_of(method: Method, config: RunConfig) -> dict[str, Any]:
     resolved = config.model_dump(mode="json")
     facts["model"] = {key: value for key, value in resolved["model"].items() if not key.endswith("_path")}
     resolved["edit"].pop("size")  # the suite judges what the model made, whatever becomes of it
+    if resolved["edit"]["clip_frames"] is None:  # as results from before there were pieces have it
+        resolved["edit"].pop("clip_frames")
     wanted = ["edit", "seed", "mask_rule"]
     if method.training:
         wanted += ["adapter", "optimizer", "stage", "micro_batch_size_per_gpu", "gradient_accumulation_steps",

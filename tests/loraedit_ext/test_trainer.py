@@ -282,7 +282,7 @@ def test_a_clip_unlike_what_the_model_was_trained_on_is_told(edit_folder, open_m
 
     def notes(rate, frames, every=1, model=wan):
         clip = job.frames[:1].repeat(frames, 0)
-        return list(plan.clip_notes(replace(job, fps=Fraction(rate), frames=clip, every=every), model))
+        return list(plan.clip_notes(replace(job, fps=Fraction(rate), frames=clip, every=every), model, frames))
 
     assert notes(24, 81) == []
     (fast,) = notes(60, 49)
@@ -291,7 +291,7 @@ def test_a_clip_unlike_what_the_model_was_trained_on_is_told(edit_folder, open_m
     (half,) = notes(30, 49, every=2)
     assert "every = 4 in the job makes it 15" in half
     (long,) = notes(16, 85)
-    assert "85 frames are beyond the 81 that wan was trained on" in long
+    assert "85 frames at once are beyond the 81 that wan was trained on" in long
     assert notes(30, 85, model=open_model("token_replace")) == []
     edit_folder.job.write_text("fps = 50\n" + edit_folder.job.read_text())
     launch.train(load_config(edit_folder.config), dry_run=True)

@@ -1,0 +1,99 @@
+"""Clips longer than the model takes at once: `python -m benchmarks.long_clips --out runs/long_clips`.
+
+The validation scenes with 25 frames, where the tiny model was pretrained on 13. One LoRA a task is trained on clips of 13
+frames; it edits the whole clip at once and in two pieces. Without and with an edited frame where the second piece begins,
+which is a LoRA of its own. Run again to go on; what is there is kept. Writes OUT/long_clips.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common.files import write_text_atomic
+from dataset.video import read_media
+from loraedit_ext import launch
+from loraedit_ext.config import RunConfig
+from loraedit_ext.evaluation import metrics
+from loraedit_ext.evaluation.rendering import render
+from loraedit_ext.evaluation.suite_methods import METHODS, Budget, config_of, train, write_config
+from loraedit_ext.evaluation.suite_statistics import estimate, paired
+from loraedit_ext.evaluation.suite_tasks import SIZE, SuiteTask, chosen, read_frames
+from loraedit_ext.evaluation.tasks import TRUTH, edit_boxes, write_task
+from loraedit_ext.results import GENERATED
+
+FRAMES, CLIP = 25, 13
+SHARED = CLIP - 1
+"""The frame that both pieces have."""
+LORAS = {"edited frames 0, 6, 18": (6, 18), "edited frames 0, 6, 12, 18": (6, SHARED, 18)}
+EDITS = {"whole": (), f"pieces of {CLIP}": (f"edit.clip_frames={CLIP}",)}
+HALVES = {"frames 1-11": range(1, SHARED), "frames 13-24": range(CLIP, FRAMES)}
+BUDGET = Budget(steps=150, appearance_steps=150, appearance_share=0.9, source_guidance=2.0)
+Scores = dict[str, float]
+"""Of one edit: PSNR in dB of the region to edit, before compositing, by half of the clip."""
+
+
+def run_task(task: SuiteTask, folder: Path, checkpoint: Path, seed: int) -> Iterator[tuple[tuple[str, str], Scores]]:
+    """Train and edit one task in every way: (LoRA, edit) and its scores."""
+    before, after = render(task.scene, FRAMES, SIZE), render(task.edited, FRAMES, SIZE)
+    region = edit_boxes(before, after, task.scene.target) > 0
+    for number, (name, references) in enumerate(LORAS.items()):
+        place = folder / task.name / str(number)
+        if not (place / "job.toml").is_file():
+            write_task(place, task.name, task.scene, task.edited, FRAMES, SIZE, references)
+            job = place / "job.toml"
+            job.write_text(f"clip_frames = {CLIP}\n{job.read_text(encoding='utf-8')}", encoding="utf-8")
+        path = write_config(place, checkpoint.resolve())
+        truth = read_frames(place / TRUTH)
+        for edit, overrides in EDITS.items():
+            config = config_of(path, METHODS["appearance"], seed, BUDGET, overrides)
+            video = generated(config, place / f"edit_{seed}_{len(overrides)}")
+            yield (name, edit), {half: _psnr(video, truth, region, frames, references) for half, frames in HALVES.items()}
+
+
+def generated(config: RunConfig, out: Path) -> np.ndarray:
+    """What the model makes, uint8 (F, H, W, 3); trains and edits unless it is there."""
+    if not (out / GENERATED).is_file():
+        launch.edit(config, train(config), out)
+    return read_media(out / GENERATED).frames
+
+
+def _psnr(video: np.ndarray, truth: np.ndarray, region: np.ndarray, frames: range, shown: Sequence[int]) -> float:
+    unseen = [frame for frame in frames if frame not in shown]
+    return metrics.quality(video[unseen], truth[unseen], region[unseen]).psnr
+
+
+def table(found: dict[tuple[str, str], dict[str, Scores]]) -> str:
+    """Markdown: means over tasks with 95 % intervals, and what pieces gain over the whole clip, task by task."""
+    gains = [f"pieces' gain, {half}" for half in HALVES]
+    lines = ["| LoRA | edited | " + " | ".join([*HALVES, *gains]) + " |", "|---" * (2 + 2 * len(HALVES)) + "|"]
+    for (name, edit), by_task in found.items():
+        values = [{task: [scores[half]] for task, scores in by_task.items()} for half in HALVES]
+        whole = [{task: [scores[half]] for task, scores in found[name, "whole"].items()} for half in HALVES]
+        means = [f"{estimate(each).mean:.1f}" for each in values]
+        changes = [paired(each, other) for each, other in zip(values, whole, strict=True)]
+        told = ["–" if edit == "whole" else f"{each.mean:+.2f} ± {each.half_width:.2f}" for each in changes]
+        lines.append(f"| {name} | {edit} | " + " | ".join([*means, *told]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/long_clips"), help="results folder; run again to go on")
+    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/tiny-wan-i2v"))
+    parser.add_argument("--tasks", default="validation", help="list of tasks, or the name of one")
+    parser.add_argument("--seed", type=int, default=0, help="of training and of the edits' noise")
+    options = parser.parse_args()
+    found: dict[tuple[str, str], dict[str, Scores]] = {}
+    for task in chosen(options.tasks):
+        for key, scores in run_task(task, options.out, options.checkpoint, options.seed):
+            found.setdefault(key, {})[task.name] = scores
+        write_text_atomic(options.out / "long_clips.md", table(found))
+    print(table(found), f"wrote     {options.out / 'long_clips.md'}", sep="\n")
+
+
+if __name__ == "__main__":
+    main()
