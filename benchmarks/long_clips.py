@@ -51,7 +51,7 @@ def run_task(task: SuiteTask, folder: Path, checkpoint: Path, seed: int) -> Iter
         for edit, overrides in EDITS.items():
             config = config_of(path, METHODS["appearance"], seed, BUDGET, overrides)
             video = generated(config, place / f"edit_{seed}_{len(overrides)}")
-            yield (name, edit), {half: _psnr(video, truth, region, frames, references) for half, frames in HALVES.items()}
+            yield (name, edit), {half: unseen_psnr(video, truth, region, frames, references) for half, frames in HALVES.items()}
 
 
 def generated(config: RunConfig, out: Path) -> np.ndarray:
@@ -61,7 +61,8 @@ def generated(config: RunConfig, out: Path) -> np.ndarray:
     return read_media(out / GENERATED).frames
 
 
-def _psnr(video: np.ndarray, truth: np.ndarray, region: np.ndarray, frames: range, shown: Sequence[int]) -> float:
+def unseen_psnr(video: np.ndarray, truth: np.ndarray, region: np.ndarray, frames: range, shown: Sequence[int]) -> float:
+    """PSNR in dB of a region (F, H, W) over those of the frames whose edit was not shown to the model."""
     unseen = [frame for frame in frames if frame not in shown]
     return metrics.quality(video[unseen], truth[unseen], region[unseen]).psnr
 
