@@ -15,6 +15,7 @@ SIZE = 128  # side in pixels of the clips that the model is for
 VAE_SIZE = 64  # side at which the VAE learns: patterns twice as fine, for a quarter of the work
 HELD_OUT = 10_000_000  # scene seeds below this are never trained on: benchmarks and validation draw from there
 _SEEDS = 2**40
+_GREYED, _CONDITIONS = 0.25, 0.125  # shares of the VAE's clips
 _SLOWEST, _CALM = 0.05, 0.25  # shares of its scene's motion: what a clip shows at least, and a calm one at most
 
 
@@ -68,18 +69,40 @@ def vae_batch(seed: int, step: int, batch: int, frames: int, side: int) -> Tenso
 
 
 def _vae_clip(rng: np.random.Generator, frames: int, side: int) -> Tensor:
-    """A crop in time and space; an eighth is a first-frame condition, a quarter has the target's box greyed."""
+    """A crop in time and space, of some with the target's box greyed, and of some the first-frame condition."""
     scene = random_scene(training_seed(rng))
     rendered = render(scene, FRAMES, (VAE_SIZE, VAE_SIZE))
-    video = to_tensor(rendered.video)
-    draw = rng.random()
-    if draw < 0.25:
-        boxes = _boxes(rendered.visible[scene.target], padding=int(rng.integers(1, 6)))
-        video = video * (1 - torch.from_numpy(boxes))
+    video, draw = to_tensor(rendered.video), rng.random()
+    if draw < _GREYED:
+        video = _without(video, rendered.visible[scene.target], padding=int(rng.integers(1, 6)))
     start = int(rng.integers(0, FRAMES - frames + 1))
     top, left = rng.integers(0, VAE_SIZE - side + 1, 2)
     video = video[:, start : start + frames, top : top + side, left : left + side]
-    return (first_frame_condition(video) if draw > 0.875 else video).contiguous()
+    return (first_frame_condition(video) if draw > 1 - _CONDITIONS else video).contiguous()
+
+
+def object_batch(seed: int, step: int, batch: int, side: int) -> Tensor:
+    """Crops around objects of clips at full size and some pace, greyed like `vae_batch`: (batch, 3, FRAMES, side, side)."""
+    rng = np.random.default_rng([seed, step])
+    return torch.stack([_object_clip(rng, side) for _ in range(batch)])
+
+
+def _object_clip(rng: np.random.Generator, side: int) -> Tensor:
+    scene = at_some_pace(random_scene(training_seed(rng)), rng)
+    rendered = render(scene, FRAMES, (SIZE, SIZE))
+    video, draw = to_tensor(rendered.video), rng.random()
+    if draw < _GREYED:
+        video = _without(video, rendered.visible[scene.target], padding=int(rng.integers(1, 12)))
+    seen = rendered.visible.sum(0).mean(0) + 0.02  # now and then the background alone
+    y, x = divmod(int(rng.choice(seen.size, p=(seen / seen.sum()).ravel())), SIZE)
+    top, left = (int(np.clip(centre - rng.integers(side // 6, side - side // 6), 0, SIZE - side)) for centre in (y, x))
+    video = video[:, :, top : top + side, left : left + side]
+    return (first_frame_condition(video) if draw > 1 - _CONDITIONS else video).contiguous()
+
+
+def _without(video: Tensor, alpha: Array, padding: int) -> Tensor:
+    """The clip with the box around an object grey in every frame but the first."""
+    return video * (1 - torch.from_numpy(_boxes(alpha, padding)))
 
 
 def _boxes(alpha: Array, padding: int) -> Array:

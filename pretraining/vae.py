@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from models.wan import whole_clip
-from pretraining import clips, loop
+from pretraining import clips, loop, shift
 from pretraining.structured import calibrate, structure
 
 KL_WEIGHT = 1e-4
@@ -25,6 +26,7 @@ PHASES: tuple[tuple[float, tuple[Shape, ...]], ...] = (
     (0.55, ((4, 13, 32), (4, 5, 48), (6, 1, 64), (4, 13, 32))),
     (1.00, ((2, 13, 64), (4, 13, 32))),
 )
+SHIFTED_BATCH, SHIFTED_SIDE = 2, 72
 DECODER_SHAPES: tuple[Shape, ...] = ((2, 13, 64),)
 
 
@@ -35,10 +37,13 @@ class Options(loop.Options):
     Attributes:
         start: weights to begin from instead of the structured start.
         decoder_only: freeze the encoder and train on its latents.
+        shifted: share of the steps that decode latents moved by a part of a latent; above 0, all steps see crops of clips at
+            full size, around objects.
     """
 
     start: Path | None = None
     decoder_only: bool = False
+    shifted: float = 0.0
 
 
 def build(seed: int = 0) -> AutoencoderKLWan:
@@ -80,18 +85,36 @@ class VAETraining(loop.Training):
 
     def loss(self) -> tuple[Tensor, dict[str, float]]:
         options = self.options
-        batch, frames, side = _shape(self.step, options.steps, self.decoder_only)
-        video = clips.vae_batch(options.seed + 1, self.step, batch, frames, side).to(options.device)
+        video = self._batch().to(options.device)
+        down, right = self._shift()
         with torch.autocast(options.device.split(":")[0], dtype=torch.bfloat16):
             with torch.set_grad_enabled(not self.decoder_only):
                 mean, logvar = (part.float() for part in whole_clip.encode_moments(self.vae, video))
             logvar = logvar.clamp(-20, 10)
             noise = torch.randn(mean.shape, generator=self.generator()).to(mean)
-            output = self.decode(self.vae, mean + noise * (0.5 * logvar).exp()).float()
+            latents = mean + noise * (0.5 * logvar).exp()
+            if down or right:
+                latents, video = shift.moved(latents, down, right), shift.same_part(video, down, right)
+            output = self.decode(self.vae, latents).float()
         error = reconstruction_error(output, video)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        metrics = {"loss": error.item(), "kl": kl.item(), "psnr": psnr(output.detach(), video)}
-        return error + KL_WEIGHT * kl, metrics
+        name = "shifted" if down or right else "psnr"
+        return error + KL_WEIGHT * kl, {"loss": error.item(), "kl": kl.item(), name: psnr(output.detach(), video)}
+
+    def _batch(self) -> Tensor:
+        """The clips of this step, (B, 3, F, H, W)."""
+        options = self.options
+        if options.shifted:
+            return clips.object_batch(options.seed + 1, self.step, SHIFTED_BATCH, SHIFTED_SIDE)
+        return clips.vae_batch(options.seed + 1, self.step, *_shape(self.step, options.steps, self.decoder_only))
+
+    def _shift(self) -> tuple[int, int]:
+        """Pixels down and right by which this step's latents are moved."""
+        rng = np.random.default_rng([self.options.seed, self.step, 0x5417])
+        if rng.random() >= self.options.shifted:
+            return 0, 0
+        down, right = rng.integers(0, shift.STRIDE, 2)
+        return int(down), int(right)
 
 
 def reconstruction_error(output: Tensor, video: Tensor) -> Tensor:
@@ -120,23 +143,32 @@ def _shape(step: int, steps: int, decoder_only: bool) -> Shape:
 
 @torch.no_grad()
 def evaluate(vae: AutoencoderKLWan, count: int = 16) -> dict[str, float]:
-    """Mean PSNR in dB over held-out scenes: clips, first-frame conditions, single images."""
+    """Mean PSNR in dB over held-out scenes: clips, first-frame conditions, single images, clips by half a latent moved."""
     video = clips.held_out_videos(count).to(vae.device)
-    sums = {"video": 0.0, "condition": 0.0, "image": 0.0}
+    sums = {"video": 0.0, "condition": 0.0, "image": 0.0, "shifted": 0.0}
     for clip in video.split(1):
-        targets = {"video": clip, "condition": clips.first_frame_condition(clip), "image": clip[:, :, :1]}
+        targets = {"video": clip, "condition": clips.first_frame_condition(clip), "image": clip[:, :, :1], "shifted": clip}
         for name, target in targets.items():
-            with torch.autocast(vae.device.type, dtype=torch.bfloat16):
-                mean, _ = whole_clip.encode_moments(vae, target)
-                output = whole_clip.decode(vae, mean)
-            sums[name] += psnr(output.float(), target) / count
+            half = shift.STRIDE // 2 if name == "shifted" else None
+            sums[name] += _coded_psnr(vae, target, half) / count
     return {name: round(value, 3) for name, value in sums.items()}
+
+
+def _coded_psnr(vae: AutoencoderKLWan, video: Tensor, by: int | None) -> float:
+    """PSNR of a video through the VAE, its latents moved `by` so many pixels down and right."""
+    with torch.autocast(vae.device.type, dtype=torch.bfloat16):
+        latents, _ = whole_clip.encode_moments(vae, video)
+        if by is not None:
+            latents, video = shift.moved(latents, by, by), shift.same_part(video, by, by)
+        return psnr(whole_clip.decode(vae, latents).float(), video)
 
 
 def main() -> None:
     parser = loop.parser(__doc__, loop.Options(Path()))
     parser.add_argument("--start", type=Path, help="vae.pt to begin from")
     parser.add_argument("--decoder-only", action="store_true", help="freeze the encoder")
+    parser.add_argument("--shifted", type=float, default=0.0, metavar="SHARE",
+                        help="share of steps on latents moved by a part of a latent, e.g. 0.6 (pretraining/shift.py)")
     options = Options(**vars(parser.parse_args()))
     loop.limit_threads(options.device, options.threads)
     loop.run(VAETraining(options))
