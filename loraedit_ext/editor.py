@@ -55,7 +55,7 @@ class Editor:
     def edit(self, job: EditJob) -> Edit:
         """Encode, sample, decode, composite."""
         started = time.perf_counter()
-        planned = pieces.spans(len(job.frames), self.config.edit.clip_frames, self.model.geometry.temporal_stride)
+        planned = pieces.plan(job, self.config.edit.clip_frames, self.model.geometry.temporal_stride)
 
         def generate(piece: regimes.Piece, number: str) -> np.ndarray:
             return self._generate(job, piece, "editing" if len(planned) == 1 else f"editing piece {number}")

@@ -169,7 +169,7 @@ def edit(config: RunConfig, lora_path: Path | None, out: Path | None) -> Path:
     for extra, _ in stacked:
         lora.check_model(extra, model)
     print(f"editing   {job.name} with {adapter.path}, strength {config.edit.lora_strength:g}", flush=True)
-    planned = pieces.spans(len(job.frames), config.edit.clip_frames, model.geometry.temporal_stride)
+    planned = pieces.plan(job, config.edit.clip_frames, model.geometry.temporal_stride)
     print("\n".join([plan.describe_result(job, config.edit), *pieces.describe(planned)]), flush=True)
     for extra, strength in stacked:
         print(f"stacked   {extra.path} ({extra.layout} names), strength {strength:g}", flush=True)

@@ -6,7 +6,8 @@ frame of each is known whole. Axes: F frames, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -19,13 +20,21 @@ Generate = Callable[[regimes.Piece, str], np.ndarray]
 """A piece and its number among all, for people, to its frames: uint8 (F, H, W, 3)."""
 
 
-def spans(frames: int, limit: int | None, stride: int) -> tuple[range, ...]:
-    """The frames of each piece: as few pieces as can be, about equally long, neighbours with one frame in common.
+def plan(job: EditJob, limit: int | None, stride: int) -> tuple[range, ...]:
+    """The frames of each piece of a job, cut where edited frames are as far as that takes no more pieces; see `spans`."""
+    return spans(len(job.frames), limit, stride, {edited.index for edited in job.edited_frames})
+
+
+def spans(frames: int, limit: int | None, stride: int, wanted: Container[int] = ()) -> tuple[range, ...]:
+    """The frames of each piece; neighbours have one in common.
+
+    As few pieces as can be, none shorter than half of an even share; of these the cuts at most `wanted` frames; of these the
+    most even one.
 
     Args:
         frames: of the clip, n * stride + 1.
         limit: of a piece; None: no limit.
-        stride: pixel frames of a latent frame.
+        stride: pixel frames of a latent frame; pieces are cut at its multiples.
 
     Raises:
         UserError: the limit is no length that the model takes.
@@ -36,9 +45,22 @@ def spans(frames: int, limit: int | None, stride: int) -> tuple[range, ...]:
     if most * stride + 1 != limit:
         raise UserError(f"edit.clip_frames = {limit}: the model takes {stride}n+1 frames at once, e.g. {most * stride + 1} or "
                         f"{(most + 1) * stride + 1}.")  # fmt: skip
-    count = -(-steps // most)
-    bounds = [number * steps // count * stride for number in range(count + 1)]
-    return tuple(range(first, last + 1) for first, last in pairwise(bounds))
+    pieces = -(-steps // most)
+    least = max(1, steps // pieces // 2)
+
+    @cache
+    def best(start: int, count: int) -> tuple[int, int, tuple[int, ...]]:
+        """Wanted cuts, minus the sum of squared lengths, and the cuts, of what lies behind `start` in `count` pieces."""
+        if count == 1:
+            return 0, -((steps - start) ** 2), (start, steps)
+        rest = count - 1
+        ends = range(max(start + least, steps - most * rest), min(start + most, steps - least * rest) + 1)
+        found = ((end, best(end, rest)) for end in ends)
+        return max((hits + (end * stride in wanted), squares - (end - start) ** 2, (start, *cuts))
+                   for end, (hits, squares, cuts) in found)  # fmt: skip
+
+    *_, cuts = best(0, pieces)
+    return tuple(range(first * stride, last * stride + 1) for first, last in pairwise(cuts))
 
 
 def describe(planned: Sequence[range]) -> list[str]:

@@ -261,7 +261,7 @@ def describe(
         return predict_memory(changed, model, transformer, tokens, transformer.config.dim, blocks)
 
     memory = predict(config)
-    planned = pieces.spans(len(job.frames), config.edit.clip_frames, model.geometry.temporal_stride)
+    planned = pieces.plan(job, config.edit.clip_frames, model.geometry.temporal_stride)
     at_once = max(map(len, (*planned, *job.clips)))
     total = len([t for group in samples.values() for t in group])
     lines = [

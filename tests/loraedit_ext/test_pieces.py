@@ -30,8 +30,16 @@ def test_pieces_cover_the_clip_in_as_few_even_parts_as_can_be(frames, limit):
     assert all(before.stop - 1 == behind.start for before, behind in pairwise(found))
     lengths = [len(span) for span in found]
     assert all(length <= limit and length % 4 == 1 for length in lengths)
-    assert max(lengths) - min(lengths) in (0, 4)
     assert len(found) == max(1, int(np.ceil((frames - 1) / (limit - 1))))
+    assert max(lengths) - 1 == 4 * int(np.ceil((frames - 1) / 4 / len(found)))
+
+
+@pytest.mark.parametrize(("wanted", "borders"), [
+    ({40}, [40, 72]), ({32, 68}, [32, 68]), ({0, 4, 42, 100}, [36, 68]), ({32, 36, 80}, [36, 80]), ({52, 56}, [28, 56]),
+])  # fmt: skip
+def test_cuts_are_at_edited_frames_where_no_more_pieces_are_needed(wanted, borders):
+    """101 frames in pieces of at most 49, which takes three; none is a scrap of a few frames."""
+    assert [span.start for span in pieces.spans(101, 49, 4, wanted)] == [0, *borders]
 
 
 def test_without_a_limit_the_clip_is_one_piece_and_a_limit_off_the_grid_is_refused():
