@@ -28,8 +28,7 @@ from torch import Tensor
 from common.errors import UserError
 from dataset.job import EditedFrame, EditJob
 from dataset.triple import Triple
-from loraedit_ext import masks
-from loraedit_ext.prepare.difference import changed
+from loraedit_ext import difference, masks
 
 Regime = Literal["naive", "motion", "appearance"]
 REGIMES: tuple[Regime, ...] = get_args(Regime)
@@ -37,9 +36,6 @@ EditCondition = Literal["motion", "first_frame", "all", "none"]
 """What the model is told when it edits: `motion` is the method (figure 2, case 3); `first_frame` the released models'
 own condition (case default), which the naive regime trains with; `all` the whole video (case 2); `none` nothing (case 1).
 """
-
-LITTLE = 0.01
-"""Share of what an edited picture changes that may be left out without a word."""
 
 
 def to_unit(pixels: np.ndarray) -> Tensor:
@@ -103,21 +99,20 @@ def left_out(job: EditJob) -> list[str]:
 
 
 def _left_out(job: EditJob, edited: EditedFrame) -> str | None:
-    touched = changed(job.frames[edited.index], edited.image)
     preserve = preserve_mask(job)[edited.index].numpy()
+    change = difference.left_out(job.frames[edited.index], edited.image, preserve)
     name = f"{job.name}: edited frame {edited.index}"
-    if touched.any() and preserve.all():
+    if change.touched.any() and preserve.all():
         raise UserError(
-            f"{edited.path}: changes {touched.mean():.0%} of frame {edited.index}, but {job.mask} marks nothing in that frame, "
-            "so nothing of the picture would be used. Paint the region white in that frame too; if nothing is to change there, "
-            f"give the source's own frame; or set keep_outside = false in job {job.name} to take the picture whole."
+            f"{edited.path}: changes {change.touched.mean():.0%} of frame {edited.index}, but {job.mask} marks nothing in "
+            "that frame, so nothing of the picture would be used. Paint the region white in that frame too; if nothing is to "
+            f"change there, give the source's own frame; or set keep_outside = false in job {job.name} to take the picture whole."
         )
     if preserve.all():  # it may differ by less than counts as a change
         return f"{name}: nothing of {edited.path.name} is used, as the mask marks nothing in that frame."
-    share = float((touched & preserve).sum()) / max(1, int(touched.sum()))
-    if share <= LITTLE:
+    if change.share <= difference.LITTLE:
         return None
-    return (f"{name}: {share:.0%} of what {edited.path.name} changes lies outside the mask and is left out; "
+    return (f"{name}: {change.share:.0%} of what {edited.path.name} changes lies outside the mask and is left out; "
             "keep_outside = false takes the picture whole.")  # fmt: skip
 
 

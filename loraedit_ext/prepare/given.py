@@ -14,7 +14,7 @@ from dataset.resize import Grid, box_around
 from dataset.schema import JobSettings
 from dataset.video import Video, read_media
 from loraedit_ext import masks
-from loraedit_ext.prepare.difference import changed
+from loraedit_ext.difference import changed
 from loraedit_ext.prepare.regions import Region, from_box, from_picture
 from loraedit_ext.prepare.request import Request
 

@@ -19,9 +19,8 @@ from dataset.images import SUFFIXES, write_png
 from dataset.resize import box_around
 from dataset.video import Video
 from dataset.video_writer import write_mp4
-from loraedit_ext import masks
+from loraedit_ext import difference, masks
 from loraedit_ext.pictures import contact_sheet, overlaid
-from loraedit_ext.prepare.difference import changed
 from loraedit_ext.prepare.folder import JobFolder
 from loraedit_ext.prepare.given import read_clip, read_given, read_grey
 from loraedit_ext.prepare.regions import Region, widened
@@ -30,8 +29,6 @@ from loraedit_ext.prepare.tomls import EDIT, JOB, MASK, no_longer_there, plan_to
 from loraedit_ext.prepare.tracking import Track, track
 
 FRAME, PREVIEW, SHEET = "frame.png", "preview.mp4", "preview.png"
-_LOST = 0.01
-"""Share of an edit outside the mask from which on it is worth a word."""
 _CAPTIONS = {
     "caption": "an old man exercising in a park",
     "edited_caption": "an old man with a white helmet exercising in a park",
@@ -99,14 +96,13 @@ def _told(keys: Mapping[int, Region], tracked: Track, grey: np.ndarray, by_hand:
 
 def _lost(frame: int, before: np.ndarray, edited: np.ndarray, grey: np.ndarray) -> list[str]:
     """A word on edited pixels that the mask of their frame leaves out: they would be put back."""
-    touched = changed(before, edited)
-    outside = touched & (grey < masks.THRESHOLD)
-    if outside.sum() <= _LOST * touched.sum():
+    change = difference.left_out(before, edited, grey < masks.THRESHOLD)
+    if change.share <= difference.LITTLE:
         return []
-    left, top, width, height = box_around(outside)
-    share, place = outside.sum() / touched.sum(), f"({left}, {top}) to ({left + width}, {top + height})"
-    return [f"note      {share:.0%} of what the edited picture of frame {frame} changes is outside the mask, from {place}, and "
-            "will be lost. Widen the region or --margin."]  # fmt: skip
+    left, top, width, height = box_around(change.outside)
+    place = f"({left}, {top}) to ({left + width}, {top + height})"
+    return [f"note      {change.share:.0%} of what the edited picture of frame {frame} changes is outside the mask, "
+            f"from {place}, and will be lost. Widen the region or --margin."]  # fmt: skip
 
 
 def _spans(numbers: list[int]) -> str:

@@ -17,9 +17,9 @@ from dataset.job import EditJob, load_job
 from dataset.resize import Grid
 from dataset.video_writer import write_images
 from loraedit_ext.config import load_config
+from loraedit_ext.difference import changed
 from loraedit_ext.evaluation.rendering import render
 from loraedit_ext.evaluation.scenes import random_scene
-from loraedit_ext.prepare.difference import changed
 from loraedit_ext.prepare.job import prepare
 from loraedit_ext.prepare.regions import Box, from_box, from_picture, widened
 from loraedit_ext.prepare.request import Request

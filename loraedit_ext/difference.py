@@ -1,10 +1,14 @@
-"""Where an edited picture differs from the frame that it was made of."""
+"""Where an edited picture differs from the frame that it was made of, and how much of that a mask leaves out."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
+LITTLE = 0.01
+"""Share of what an edited picture changes that may be left out without a word."""
 LEAST = 20
 """Grey levels of difference that saving a picture as JPEG, or an editor's colour management, may leave anywhere."""
 _NOISE_LEVELS = 4.0
@@ -33,3 +37,24 @@ def changed(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     count, labels, facts, _ = cv2.connectedComponentsWithStats(touched)
     large = [index for index in range(1, count) if facts[index, cv2.CC_STAT_AREA] >= _SPECK * touched.size]
     return np.isin(labels, large)
+
+
+@dataclass(frozen=True, eq=False)
+class LeftOut:
+    """What of a change lies outside a mask."""
+
+    touched: np.ndarray
+    """bool (H, W): all that was changed."""
+    outside: np.ndarray
+    """bool (H, W): of it what the mask leaves out."""
+
+    @property
+    def share(self) -> float:
+        """Of the change; 0 where nothing was changed."""
+        return float(self.outside.sum()) / max(1, int(self.touched.sum()))
+
+
+def left_out(before: np.ndarray, after: np.ndarray, preserve: np.ndarray) -> LeftOut:
+    """What a mask, bool (H, W) and True where pixels stay, leaves out of an edited picture's change."""
+    touched = changed(before, after)
+    return LeftOut(touched, touched & preserve)
