@@ -106,7 +106,7 @@ def _left_out(job: EditJob, edited: EditedFrame) -> str | None:
         raise UserError(
             f"{edited.path}: changes {change.touched.mean():.0%} of frame {edited.index}, but {job.mask} marks nothing in "
             "that frame, so nothing of the picture would be used. Paint the region white in that frame too; if nothing is to "
-            f"change there, give the source's own frame; or set keep_outside = false in job {job.name} to take the picture whole."
+            f"change there, give the source's own frame; or set keep_outside = false in job {job.name} to take it whole."
         )
     if preserve.all():  # it may differ by less than counts as a change
         return f"{name}: nothing of {edited.path.name} is used, as the mask marks nothing in that frame."
