@@ -121,7 +121,7 @@ def test_the_project_imports_without_torchvision():
     code = (
         "import sys; sys.modules['torchvision'] = None\n"
         "import loraedit_ext.launch, loraedit_ext.trainer, loraedit_ext.editor, models.wan.encoders\n"
-        "import loraedit_ext.evaluation.run\n"
+        "import loraedit_ext.evaluation.run, loraedit_ext.prepare.sam\n"
         "from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil\n"
         "from diffusers import AutoencoderKLWan\n"
         "from transformers import UMT5EncoderModel, CLIPVisionModelWithProjection\nprint('ok')"
