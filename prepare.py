@@ -16,6 +16,7 @@ DESCRIPTION = (
 )
 
 _BY_FRAME = {"edited": "--edited", "boxes": "--box", "painted": "--painted"}
+_CLICKS = ("clicks", "background")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,10 +26,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     def run() -> None:
         from loraedit_ext.prepare.job import prepare
-        from loraedit_ext.prepare.request import Request, by_frame
+        from loraedit_ext.prepare.request import Request, by_frame, grouped
 
         given = {name: value for name, value in vars(options).items() if value is not None and name != "traceback"}
         given |= {name: by_frame(flag, given[name]) for name, flag in _BY_FRAME.items() if name in given}
+        given |= {name: grouped(given[name]) for name in _CLICKS if name in given}
         print("\n".join(prepare(Request(**given))))
 
     return cli.guarded(run, traceback)
@@ -51,7 +53,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--painted", type=_at_path, action="append", metavar="[FRAME:]PICTURE",
-        help="the same as a picture, white = edit (from an image editor, SAM, ...)",
+        help="the same as a picture, white = edit (from an image editor, ...)",
+    )
+    parser.add_argument(
+        "--sam", type=Path, metavar="FOLDER",
+        help="follow the region by SAM 2 instead of optical flow: a checkpoint on disk, e.g. of facebook/sam2.1-hiera-large",
+    )
+    parser.add_argument(
+        "--click", dest="clicks", type=_pixel, action="append", metavar="[FRAME:]X,Y",
+        help="with --sam: a pixel on the object; again for more of it, or in another frame to mend the track",
+    )
+    parser.add_argument(
+        "--not", dest="background", type=_pixel, action="append", metavar="[FRAME:]X,Y",
+        help="with --sam: a pixel that is not on the object",
     )
     parser.add_argument("--margin", type=float, help="widen the mask by this share of the region's size (default: 0.1)")
     parser.add_argument("--start", type=int, metavar="N", help="first source frame to use (default: 0)")
@@ -84,6 +98,16 @@ def _box(text: str) -> tuple[int, tuple[int, int, int, int]]:
     if width < 1 or height < 1:
         raise argparse.ArgumentTypeError(f"{text}: width and height must be positive")
     return frame, (left, top, width, height)
+
+
+def _pixel(text: str) -> tuple[int, tuple[int, int]]:
+    frame, numbers = _at_frame(text)
+    try:
+        x, y = (int(number) for number in numbers.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: expected two whole numbers of pixels, X,Y from the left and the top, e.g. "
+                                         "370,150, and FRAME: before them for a later frame") from None  # fmt: skip
+    return frame, (x, y)
 
 
 def _at_path(text: str) -> tuple[int, Path]:

@@ -103,6 +103,7 @@ def test_the_command_line_gains_no_flags():
     assert flags["prepare.py"] == {  # makes the job's TOML, so it cannot read one
         "--help", "--traceback", "--source", "--out", "--edited", "--box", "--painted", "--margin", "--start",
         "--every", "--frames", "--caption", "--edited_caption", "--frame", "--overwrite",
+        "--sam", "--click", "--not",  # what follows the region, and where the object is
         "--ckpt", "--model",  # the lines of edit.toml that have no default
     }
     assert flags["inference.py"] == {"--help", "--config", "--traceback", "--lora", "--out"}
@@ -120,7 +121,7 @@ def test_the_project_imports_without_torchvision():
     code = (
         "import sys; sys.modules['torchvision'] = None\n"
         "import loraedit_ext.launch, loraedit_ext.trainer, loraedit_ext.editor, models.wan.encoders\n"
-        "import loraedit_ext.evaluation.run\n"
+        "import loraedit_ext.evaluation.run, loraedit_ext.prepare.sam\n"
         "from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil\n"
         "from diffusers import AutoencoderKLWan\n"
         "from transformers import UMT5EncoderModel, CLIPVisionModelWithProjection\nprint('ok')"

@@ -16,7 +16,7 @@ from dataset.video import Video, read_media
 from loraedit_ext import masks
 from loraedit_ext.difference import changed
 from loraedit_ext.prepare.regions import Region, from_box, from_picture
-from loraedit_ext.prepare.request import Request
+from loraedit_ext.prepare.request import Point, Request
 
 MOST_CHANGED = 0.6
 """Share of the picture above which a difference says nothing about a region."""
@@ -54,6 +54,11 @@ def read_given(request: Request, clip: Video) -> tuple[dict[int, np.ndarray], di
     for frame in request.pictures:
         with errors.catch():
             _check_frame(f"--frame {frame}", frame, clip)
+    for flag, pixels in (("--click", request.clicks), ("--not", request.background)):
+        for frame in sorted(pixels):
+            for x, y in pixels[frame]:
+                with errors.catch():
+                    _check_pixel(f"{flag} {frame}:{x},{y}", frame, (x, y), clip)
     for frame, path in sorted(request.edited.items()):
         with errors.catch():
             _check_frame(f"edited picture of frame {frame}", frame, clip)
@@ -69,6 +74,14 @@ def read_given(request: Request, clip: Video) -> tuple[dict[int, np.ndarray], di
 def _check_frame(what: str, frame: int, clip: Video) -> None:
     if not 0 <= frame < len(clip.frames):
         raise UserError(f"{what}: the clip has frames 0 to {len(clip.frames) - 1}, counted from --start.")
+
+
+def _check_pixel(what: str, frame: int, pixel: Point, clip: Video) -> None:
+    _check_frame(what, frame, clip)
+    width, height = clip.size
+    if not (0 <= pixel[0] < width and 0 <= pixel[1] < height):
+        raise UserError(f"{what}: is outside the picture of {width}x{height} pixels; expected X from 0 to {width - 1} and Y "
+                        f"from 0 to {height - 1}, counted from the left and the top.")  # fmt: skip
 
 
 def _edited_picture(path: Path, clip: Video) -> np.ndarray:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,7 +24,9 @@ from loraedit_ext import difference, masks
 from loraedit_ext.pictures import contact_sheet, overlaid
 from loraedit_ext.prepare.folder import JobFolder
 from loraedit_ext.prepare.given import read_clip, read_given, read_grey
-from loraedit_ext.prepare.regions import Region, widened
+from loraedit_ext.prepare.outlines import track_of
+from loraedit_ext.prepare.prompts import prompts_of
+from loraedit_ext.prepare.regions import Region, filled, widened
 from loraedit_ext.prepare.request import Request
 from loraedit_ext.prepare.tomls import EDIT, JOB, MASK, no_longer_there, plan_tomls
 from loraedit_ext.prepare.tracking import Track, track
@@ -33,6 +36,24 @@ _CAPTIONS = {
     "caption": "an old man exercising in a park",
     "edited_caption": "an old man with a white helmet exercising in a park",
 }
+
+
+class _Words(NamedTuple):
+    """What a doubtful track is called, and its cure."""
+
+    gone: str
+    doubtful: str
+    cure: str
+
+
+_WORDS = {
+    False: _Words("the region has left the picture", "the motion is unclear", "--box FRAME:LEFT,TOP,WIDTH,HEIGHT"),
+    True: _Words(
+        "SAM 2 sees no object there: it is hidden, has left the picture, or is lost", "the outline changes at once",
+        "--click FRAME:X,Y on the object (and --not FRAME:X,Y off it)",
+    ),
+}  # fmt: skip
+"""By whether SAM 2 followed the region."""
 
 
 def prepare(request: Request) -> list[str]:
@@ -50,19 +71,20 @@ def prepare(request: Request) -> list[str]:
              f"{clip.total}, {clip.size[0]}x{clip.size[1]}"]  # fmt: skip
     edited, keys = read_given(request, clip)
     folder = JobFolder(request.out, request.overwrite, {*request.edited.values(), *request.painted.values()})
-    if not keys:
+    if not (keys or request.clicks or request.background):
         folder.make()
         with folder.writing():
             lines += _write_frames(request, folder, clip)
         return [*lines, *_kept(folder), *_next(request, folder)]
     texts = plan_tomls(request, folder, len(clip.frames))
     by_hand = _masks_by_hand(request, folder, clip)
+    follow = _follower(request, clip, edited, keys)
     folder.make(MASK)
-    tracked = track(clip.frames, keys)
+    tracked = follow()
     grey = _masks(tracked, request.margin)
     for frame, painted in by_hand.items():
         grey[frame] = painted
-    lines += _told(keys, tracked, grey, by_hand)
+    lines += _told(request, keys, tracked, grey, by_hand)
     for frame, picture in edited.items():
         lines += _lost(frame, clip.frames[frame], picture, grey[frame])
     with folder.writing():
@@ -73,24 +95,45 @@ def prepare(request: Request) -> list[str]:
     return [*lines, *_kept(folder), *_next(request, folder)]
 
 
+def _follower(
+    request: Request, clip: Video, edited: Mapping[int, np.ndarray], keys: Mapping[int, Region]
+) -> Callable[[], Track]:
+    """What follows the regions, ready to go: optical flow or SAM 2, whose prompts and weights are in order."""
+    if request.sam is None:
+        return lambda: track(clip.frames, keys)
+    prompts = prompts_of(request, keys)
+    from loraedit_ext.prepare.sam import Sam2  # transformers takes seconds
+
+    sam = Sam2(request.sam)
+    found = keys.keys() - request.boxes.keys() - request.painted.keys()
+    edits = {frame: filled(difference.changed(clip.frames[frame], edited[frame])) for frame in found}
+    return lambda: track_of(sam.outlines(clip.frames, prompts), prompts, edits)
+
+
 def _masks(tracked: Track, margin: float) -> np.ndarray:
     """uint8 (F, H, W), white = edit."""
     return np.stack([widened(shape, margin) if shape.any() else shape for shape in tracked.shapes]).astype(np.uint8) * 255
 
 
-def _told(keys: Mapping[int, Region], tracked: Track, grey: np.ndarray, by_hand: Collection[int]) -> list[str]:
+def _told(
+    request: Request, keys: Mapping[int, Region], tracked: Track, grey: np.ndarray, by_hand: Collection[int]
+) -> list[str]:
     """What came of the regions; frames whose mask was made by hand are no longer the track's."""
     lines = []
     for frame, region in sorted(keys.items()):
         left, top, width, height = box_around(region.shape)
         lines.append(f"region    frame {frame}: {width}x{height} at ({left}, {top})")
+    for frame in sorted({*request.clicks, *request.background}):
+        on, off = (len(pixels.get(frame, ())) for pixels in (request.clicks, request.background))
+        lines.append(f"clicks    frame {frame}: {on} on the object, {off} off it")
     cover = grey.mean((1, 2)) / 2.55
     lines.append(f"mask      {cover.mean():.1f} % of the picture on average, {cover.min():.1f} to {cover.max():.1f} %")
+    words = _WORDS[request.sam is not None]
     if gone := [int(index) for index in np.flatnonzero(~grey.any((1, 2))) if index not in by_hand]:
-        lines.append(f"note      nothing is marked in frames {_spans(gone)}: the region has left the picture")
+        lines.append(f"note      nothing is marked in frames {_spans(gone)}: {words.gone}")
     if doubtful := [index for index in tracked.doubtful() if index not in by_hand]:
-        lines.append(f"note      the motion is unclear in frames {_spans(doubtful)}: look at {SHEET} and {PREVIEW}; mend it "
-                     "with --box FRAME:LEFT,TOP,WIDTH,HEIGHT for a frame where the mask is wrong")  # fmt: skip
+        lines.append(f"note      {words.doubtful} in frames {_spans(doubtful)}: look at {SHEET} and {PREVIEW}; mend it with "
+                     f"{words.cure} for a frame where the mask is wrong")  # fmt: skip
     return lines
 
 

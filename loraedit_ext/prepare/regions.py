@@ -32,7 +32,7 @@ class Region:
 
     def moved(self, transform: np.ndarray) -> Region:
         """The region of another frame; what leaves the picture is cut off."""
-        return Region(_warp(self.shape, transform), _warp(self.core, transform))
+        return Region(warped(self.shape, transform), warped(self.core, transform))
 
 
 def from_box(box: Box, size: tuple[int, int]) -> Region:
@@ -64,6 +64,13 @@ def widened(shape: np.ndarray, margin: float) -> np.ndarray:
     return cv2.dilate(shape.astype(np.uint8), np.ones((2 * pixels + 1, 2 * pixels + 1), np.uint8)).astype(bool)
 
 
-def _warp(shape: np.ndarray, transform: np.ndarray) -> np.ndarray:
+def filled(shape: np.ndarray) -> np.ndarray:
+    """A shape, bool (H, W), without its holes."""
+    contours, _ = cv2.findContours(shape.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    return cv2.drawContours(np.zeros(shape.shape, np.uint8), contours, -1, 1, cv2.FILLED).astype(bool)
+
+
+def warped(shape: np.ndarray, transform: np.ndarray) -> np.ndarray:
+    """A shape, bool (H, W), in another frame; what leaves the picture is cut off."""
     height, width = shape.shape
     return cv2.warpAffine(shape.astype(np.uint8), transform, (width, height), flags=cv2.INTER_NEAREST).astype(bool)

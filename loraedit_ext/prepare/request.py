@@ -12,6 +12,8 @@ from dataset.resize import Box
 from loraedit_ext.config import Family
 
 MARGIN = 0.1
+Point = tuple[int, int]
+"""x and y of a pixel, from the left and from the top."""
 T = TypeVar("T")
 
 
@@ -26,6 +28,9 @@ class Request:
         pictures: frames of the clip to write as pictures, besides frame 0.
         boxes: frame of the clip -> region drawn as a box.
         painted: frame of the clip -> region painted as a picture, white = edit.
+        sam: folder of a SAM 2 checkpoint that follows the regions; None: optical flow does.
+        clicks: frame of the clip -> pixels on the object, for SAM 2.
+        background: frame of the clip -> pixels that are not on it, for SAM 2.
         margin: share of the region's size by which the mask is wider on every side.
         start: source frame that is the clip's frame 0.
         every: the clip takes every so manyth source frame.
@@ -42,6 +47,9 @@ class Request:
     pictures: tuple[int, ...] = ()
     boxes: Mapping[int, Box] = field(default_factory=dict)
     painted: Mapping[int, Path] = field(default_factory=dict)
+    sam: Path | None = None
+    clicks: Mapping[int, tuple[Point, ...]] = field(default_factory=dict)
+    background: Mapping[int, tuple[Point, ...]] = field(default_factory=dict)
     margin: float = MARGIN
     start: int = 0
     every: int = 1
@@ -69,7 +77,18 @@ class Request:
             errors.add(f"--every {self.every}: must be 1 or more; 2 takes every other source frame.")
         if not 0 <= self.margin < float("inf"):
             errors.add(f"--margin {self.margin:g}: must be 0 or more, a share of the region's size.")
+        if (self.clicks or self.background) and self.sam is None:
+            errors.add("--click, --not: say to SAM 2 where the object is, and there is no --sam. Add --sam FOLDER, or give the "
+                       "region with --box or --painted.")  # fmt: skip
         errors.raise_if_any()
+
+
+def grouped(pairs: Iterable[tuple[int, T]]) -> dict[int, tuple[T, ...]]:
+    """All that a flag gave, by frame of the clip."""
+    found: dict[int, tuple[T, ...]] = {}
+    for frame, value in pairs:
+        found[frame] = (*found.get(frame, ()), value)
+    return found
 
 
 def by_frame(flag: str, pairs: Iterable[tuple[int, T]]) -> dict[int, T]:

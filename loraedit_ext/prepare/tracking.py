@@ -19,7 +19,7 @@ from loraedit_ext.prepare.regions import Region
 WORKING_SIDE = 480
 """Pixels of the shorter side at which flow is computed; more costs time and is no better."""
 UNSURE = 0.5
-"""Share of the core that agrees on its motion below which a step is doubted."""
+"""Agreement below which a step is doubted."""
 _RETURN = 1.0
 """Pixels by which a point may miss its origin after the way forth and back."""
 _INLIER = 1.0
@@ -38,8 +38,9 @@ class Track:
 
     Attributes:
         shapes: bool (F, H, W).
-        agreement: float64 (F,): share of the core that agreed on the step to this frame, from the side of its key
-            frame, of what stays in the picture; 1 at key frames, 0 where too little of it could be found.
+        agreement: float64 (F,), 0 to 1: how far the step to this frame, from the side of its key frame, is believed; 1 at
+            key frames, 0 where nothing was found. Here it is the share of the core that agreed on the step, of what stays
+            in the picture.
     """
 
     shapes: np.ndarray
