@@ -79,8 +79,8 @@ def edit_all(job: EditJob, planned: Sequence[range], generate: Generate) -> np.n
         UserError: the job has no edited first frame.
     """
     marked = (~regimes.preserve_mask(job)).flatten(1).any(1)
-    first = regimes.with_first_edit(job)[0]
-    made = np.array(job.frames)
+    made = regimes.with_first_edit(job)
+    first = made[0].copy()
     for number, span in enumerate(planned):
         if len(planned) > 1 and not marked[span.start + 1 : span.stop].any():
             continue

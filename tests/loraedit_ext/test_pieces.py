@@ -90,6 +90,13 @@ def test_a_piece_in_which_nothing_is_marked_keeps_the_source(job):
     assert len(given) == 1
     assert (made[:5] == 10).all()
     assert (made[5:] == job.frames[5:]).all()
+    grey = job.grey_mask.copy()
+    grey[1:5] = 0
+    made, given = made_of(replace(job, grey_mask=grey), [range(5), range(4, 9)])
+    assert len(given) == 1
+    assert (made[0] == job.first_edit.image).all()
+    assert (made[1:5] == job.frames[1:5]).all()
+    assert (given[0][0].first == job.frames[4]).all()
 
 
 def test_a_piece_is_what_an_edit_of_its_frames_alone_would_be(edit_folder, tmp_path, capsys):
