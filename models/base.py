@@ -106,7 +106,7 @@ class I2VModel(ABC):
     """How ComfyUI, diffusers and kohya's tools spell this family's linears."""
     lora_targets: ClassVar[str]
     """Regular expression of the linears that a LoRA adapts, in original names."""
-    condition_names: ClassVar[tuple[str, ...]]
+    condition_names: tuple[str, ...]
     """The conditioning tensors, in the order in which the transformer's inputs have them."""
     kept_in_fp32: ClassVar[tuple[str, ...]]
     """Parts of the names of small weights that stay fp32 whatever the storage dtype."""
