@@ -9,6 +9,7 @@ import ast
 import os
 import tomllib
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from loraedit_ext import diffusion_pipe
 from loraedit_ext.flow import SamplerName, TimestepMethod
 from loraedit_ext.masks import MaskRule
 from loraedit_ext.regimes import EditCondition, Regime
+from models.wan.config import BOUNDARY, Expert
 
 DType = Literal["float32", "bfloat16"]
 StorageDType = Literal["float32", "bfloat16", "float8"]
@@ -43,6 +45,12 @@ FAMILY_DEFAULTS: dict[Family, dict[str, dict[str, Any]]] = {
 }
 """Values of a family that differ from the fields' own defaults, which are Wan's."""
 
+EXPERT_DEFAULTS: dict[Expert, dict[str, dict[str, Any]]] = {
+    "high": {"model": {"min_t": BOUNDARY}},
+    "low": {"model": {"max_t": BOUNDARY}},
+}
+"""The same of an expert of Wan2.2: it is trained on the noise levels that it is used for."""
+
 
 class ModelSettings(Settings):
     """[model]: the checkpoint and how noise levels are drawn for it."""
@@ -61,6 +69,9 @@ class ModelSettings(Settings):
     """Text encoder weights (UMT5, LLaVA) to use instead of the folder's."""
     clip_path: Path | None = None
     """CLIP weights to use instead of the folder's: Wan's image encoder, HunyuanVideo's second text encoder."""
+    expert: Expert | None = None
+    """Wan2.2 has two transformers: `high` is used for high noise and `low` for low. Needed for such a checkpoint unless
+    `transformer_path` is set. Each is trained in a run of its own, see docs/wan22.md."""
     dtype: DType = "bfloat16"
     """Compute dtype; bfloat16 means autocast around fp32 residuals."""
     transformer_dtype: StorageDType | None = None
@@ -77,7 +88,9 @@ class ModelSettings(Settings):
     guidance: float | None = Field(None, ge=0)
     """HunyuanVideo: guidance that is embedded in training; default 1, as in diffusion-pipe. Wan has no such input."""
     min_t: float = Field(0.0, ge=0, lt=1)
+    """Least noise level of the training; it cuts the shifted distribution. With expert = "high": 0.9."""
     max_t: float = Field(1.0, gt=0, le=1)
+    """Highest noise level. With expert = "low": 0.9."""
     stratified: bool = False
     """Visit every band of noise levels equally often, which evens out a run of 100 steps."""
 
@@ -312,11 +325,12 @@ class RunConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _family_defaults(cls, values: Any) -> Any:
-        """Fill in what the model family has other defaults for, so that the resolved configuration tells all."""
+        """Fill in what the family or the expert has other defaults for, so that the resolved configuration tells all."""
         if not isinstance(values, dict) or not isinstance(model := values.get("model"), dict):
             return values
         filled = dict(values)
-        for table, defaults in FAMILY_DEFAULTS.get(model.get("type"), {}).items():
+        known = ((EXPERT_DEFAULTS, model.get("expert")), (FAMILY_DEFAULTS, model.get("type")))  # the first goes before
+        for table, defaults in chain(*(of.get(key, {}).items() for of, key in known if isinstance(key, str))):
             given = filled.get(table, {})
             if isinstance(given, dict):
                 filled[table] = defaults | given
@@ -329,6 +343,13 @@ class RunConfig(Settings):
                                ("edit.embedded_guidance", self.edit.embedded_guidance)):
                 if value is not None:
                     raise ValueError(f"{key} = {value:g}: Wan embeds no guidance; remove it, or see edit.guidance")
+        elif self.model.expert:
+            raise ValueError(f"model.expert = {self.model.expert!r}: HunyuanVideo has no experts; remove it")
+        if self.model.expert and self.sample_every_n_steps:
+            raise ValueError(
+                f"sample_every_n_steps = {self.sample_every_n_steps}: a preview of Wan2.2 needs both experts, and a training "
+                "has one of them in memory; remove it, and edit with inference.py when both are trained"
+            )
         return self
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from common.errors import UserError
 from common.files import check_writable
 from dataset.cache import LatentCache
 from dataset.job import EditJob, load_job
@@ -43,8 +44,9 @@ def build_model(config: RunConfig, device: torch.device) -> I2VModel:
     """The masked model of the configured family; reads headers, no weights."""
     settings = config.model
     open_checkpoint, masked = FAMILIES[settings.type]
+    chosen = {"expert": settings.expert} if settings.expert else {}
     checkpoint = open_checkpoint.open(
-        settings.ckpt_path, settings.transformer_path, settings.vae_path, settings.llm_path, settings.clip_path
+        settings.ckpt_path, settings.transformer_path, settings.vae_path, settings.llm_path, settings.clip_path, **chosen
     )
     return masked(checkpoint, device, config.mask_rule, vae_dtype=getattr(torch, settings.vae_dtype))
 
@@ -156,6 +158,11 @@ def edit(config: RunConfig, lora_path: Path | None, out: Path | None) -> Path:
     from loraedit_ext.editor import Editor, check_lora
     from loraedit_ext.results import FOLDER, folder_beside, write
 
+    if config.model.expert:
+        raise UserError(
+            f'model.expert = "{config.model.expert}": editing needs both experts of Wan2.2, which is not offered. Use the LoRA '
+            "of each expert in ComfyUI or diffusers."
+        )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(config, device)
