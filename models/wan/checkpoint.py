@@ -166,7 +166,7 @@ class WanCheckpoint(WanTransformerFiles):
     def _check_expert(self, needed: bool) -> None:
         if self.expert and self.reads_image:
             raise UserError(f"{self.transformer}: this is Wan2.1. {_NOT_OF_WAN21.format(self.expert)}")
-        if needed and not self.expert and self.config.image_dim is None:
+        if needed and not self.expert and not self.config.reads_image:
             raise UserError(_WHICH_EXPERT.format(self.transformer))
 
     def describe_layout(self) -> str:

@@ -56,8 +56,13 @@ class WanConfig:
     model_type: str = "i2v"
 
     @property
+    def reads_image(self) -> bool:
+        """Whether there is an image branch."""
+        return self.image_dim is not None
+
+    @property
     def variant(self) -> str:
-        return f"wan2.{1 if self.image_dim else 2}-{self.model_type}"
+        return f"wan2.{1 if self.reads_image else 2}-{self.model_type}"
 
     @property
     def head_dim(self) -> int:
@@ -109,8 +114,8 @@ class WanConfig:
         fields = {theirs: getattr(self, ours) for theirs, ours in _DIFFUSERS_FIELDS.items()}
         return fields | {
             "_class_name": "WanTransformer3DModel", "attention_head_dim": self.head_dim,
-            "patch_size": [*self.patch_size],
-            "added_kv_proj_dim": self.image_dim and self.dim, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
+            "patch_size": [*self.patch_size], "added_kv_proj_dim": self.dim if self.reads_image else None,
+            "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
             "rope_max_seq_len": 1024, "pos_embed_seq_len": None,
         }
 
@@ -215,7 +220,7 @@ def transformer_shapes(config: WanConfig) -> dict[str, Shape]:
 def _block_shapes(config: WanConfig) -> dict[str, Shape]:
     d = config.dim
     shapes: dict[str, Shape] = {"modulation": (1, 6, d)}
-    image = ("k_img", "v_img") if config.image_dim else ()
+    image = ("k_img", "v_img") if config.reads_image else ()
     for attention, names in (("self_attn", "qkvo"), ("cross_attn", (*"qkvo", *image))):
         for name in names:
             shapes |= _linear(f"{attention}.{name}", d, d)

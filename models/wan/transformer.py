@@ -63,7 +63,7 @@ class CrossAttention(Attention):
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__(config)
-        if config.image_dim is None:
+        if not config.reads_image:
             return
         self.k_img = nn.Linear(config.dim, config.dim)
         self.v_img = nn.Linear(config.dim, config.dim)
@@ -158,7 +158,7 @@ class EmbedLayer(PipelineLayer):
 
     def __init__(self, model: WanTransformer) -> None:
         names = ["patch_embedding", "text_embedding", "time_embedding", "time_projection"]
-        names += ["img_emb"] if model.config.image_dim else []
+        names += ["img_emb"] if model.config.reads_image else []
         super().__init__({name: name for name in names})
         self.config = model.config
         for name in names:

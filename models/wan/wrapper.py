@@ -33,12 +33,8 @@ class WanI2V(I2VModel):
     checkpoint: WanCheckpoint
 
     @property
-    def _reads_image(self) -> bool:
-        return self.checkpoint.config.image_dim is not None
-
-    @property
     def condition_names(self) -> tuple[str, ...]:
-        return ("y", "text", "image") if self._reads_image else ("y", "text")
+        return ("y", "text", "image") if self.checkpoint.config.reads_image else ("y", "text")
 
     def describe(self) -> dict[str, Any]:
         config, expert = self.checkpoint.config, self.checkpoint.expert
@@ -49,7 +45,7 @@ class WanI2V(I2VModel):
 
     @property
     def loaders(self) -> dict[str, Callable[[torch.device], Any]]:
-        return super().loaders | ({"image": self.checkpoint.load_image_encoder} if self._reads_image else {})
+        return super().loaders | ({"image": self.checkpoint.load_image_encoder} if self.checkpoint.config.reads_image else {})
 
     def encode_prompt(self, prompt: str, reference: Tensor) -> dict[str, Tensor]:
         """`text` (text_len, text_dim): the prompt's features, zero-padded and not masked, as the original does."""
@@ -62,7 +58,7 @@ class WanI2V(I2VModel):
         """`y` (20, T, h, w): 4 mask channels, then 16 condition latents; `text`; of Wan2.1 `image` (I, image_dim)."""
         known, channels = self.known_region(video, mask)
         condition = {"y": torch.cat([channels, self.encode_video(known)])}
-        if self._reads_image:
+        if self.checkpoint.config.reads_image:
             condition["image"] = self.run_encoder("image", lambda encoder: encoder.encode(reference).cpu())
         return condition | self.encode_prompt(prompt, reference)
 
