@@ -45,11 +45,12 @@ FAMILY_DEFAULTS: dict[Family, dict[str, dict[str, Any]]] = {
 }
 """Values of a family that differ from the fields' own defaults, which are Wan's."""
 
+_WAN22_EDIT = {"steps": 40, "guidance": 3.5, "boundary": BOUNDARY}
 EXPERT_DEFAULTS: dict[Expert, dict[str, dict[str, Any]]] = {
-    "high": {"model": {"min_t": BOUNDARY}},
-    "low": {"model": {"max_t": BOUNDARY}},
+    "high": {"model": {"min_t": BOUNDARY}, "edit": _WAN22_EDIT},
+    "low": {"model": {"max_t": BOUNDARY}, "edit": _WAN22_EDIT},
 }
-"""The same of an expert of Wan2.2: it is trained on the noise levels that it is used for."""
+"""The same of an expert of Wan2.2: it is trained on the noise levels that it is used for, and both edit as the release does."""
 
 
 class ModelSettings(Settings):
@@ -71,7 +72,7 @@ class ModelSettings(Settings):
     """CLIP weights to use instead of the folder's: Wan's image encoder, HunyuanVideo's second text encoder."""
     expert: Expert | None = None
     """Wan2.2 has two transformers: `high` is used for high noise and `low` for low. Needed for such a checkpoint unless
-    `transformer_path` is set. Each is trained in a run of its own, see docs/wan22.md."""
+    `transformer_path` is set. Each is trained in a run of its own, and an edit uses both: see docs/wan22.md."""
     dtype: DType = "bfloat16"
     """Compute dtype; bfloat16 means autocast around fp32 residuals."""
     transformer_dtype: StorageDType | None = None
@@ -191,14 +192,18 @@ class StackedLora(Settings):
     path: Path
     """A file of ComfyUI, diffusers, kohya or peft, or a folder that holds one."""
     strength: float = 1.0
+    expert: Expert | None = None
+    """Wan2.2: the expert that it is for; default: both."""
 
 
 class EditSettings(Settings):
     """[edit]: how inference.py samples and what it writes."""
 
     steps: int = Field(30, ge=1)
+    """Sampling steps. Wan2.2: 40, as released."""
     guidance: float = Field(5.0, ge=1)
-    """Classifier-free guidance; 1 switches it off and halves the cost. HunyuanVideo: 1, its guidance is embedded."""
+    """Classifier-free guidance; 1 switches it off and halves the cost. HunyuanVideo: 1, its guidance is embedded. Wan2.2: 3.5,
+    as released."""
     source_guidance: float = Field(1.0, ge=1)
     """Leads the edit away from what the LoRA makes of the source's own first frame, where that look shows through; 1 switches
     it off and saves a pass. On the tiny model 1.5 to 2 did best; untested on released ones. See docs/editing.md."""
@@ -215,6 +220,13 @@ class EditSettings(Settings):
     """Of the trained LoRA."""
     lora: list[StackedLora] = []
     """Further LoRAs on top of it; with a step-distilled one use few steps and guidance = 1."""
+    other_lora: Path | None = None
+    """Wan2.2: the LoRA of the expert that `model.expert` does not name: a file, a folder that holds one, or the `output_dir` of
+    its runs, whose newest is taken. Default: that expert goes without."""
+    other_transformer_path: Path | None = None
+    """Wan2.2: that expert's weights, where they do not lie in `ckpt_path`."""
+    boundary: float | None = Field(None, ge=0, le=1)
+    """Wan2.2: the expert for high noise is used while the noise level is at least this; default 0.9, as released."""
     condition: EditCondition = "motion"
     """What the model is told: the background (`motion`); for the paper's ablations only the `first_frame`, `all` or `none`."""
     clip_frames: int | None = Field(None, ge=5)
@@ -353,6 +365,15 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _experts_where_there_are_two(self) -> RunConfig:
+        keys = ("other_lora", "other_transformer_path", "boundary")
+        given = [f"edit.{key}" for key in keys if getattr(self.edit, key) is not None]
+        given += [f"edit.lora.{index}.expert" for index, extra in enumerate(self.edit.lora) if extra.expert]
+        if given and not self.model.expert:
+            raise ValueError(f"{', '.join(given)}: for Wan2.2's two experts; set model.expert, or remove it")
+        return self
+
+    @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         names = [stage.name for stage in self.stage]
         if len(set(names)) != len(names):
@@ -458,7 +479,7 @@ def _resolve_paths(config: RunConfig, base: Path) -> RunConfig:
     """Paths in the TOML are relative to it."""
     changes: dict[str, Any] = {}
     for table_name, table in ((None, config), ("model", config.model), ("adapter", config.adapter),
-                              ("evaluation", config.evaluation)):
+                              ("edit", config.edit), ("evaluation", config.evaluation)):
         paths = {
             name: Path(os.path.normpath(base / value.expanduser())) for name in type(table).model_fields
             if isinstance(value := getattr(table, name), Path)
@@ -468,5 +489,5 @@ def _resolve_paths(config: RunConfig, base: Path) -> RunConfig:
         else:
             changes[table_name] = table.model_copy(update=paths)
     stacked = [extra.model_copy(update={"path": base / extra.path.expanduser()}) for extra in config.edit.lora]
-    changes["edit"] = config.edit.model_copy(update={"lora": stacked})
+    changes["edit"] = changes["edit"].model_copy(update={"lora": stacked})
     return config.model_copy(update=changes)

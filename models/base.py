@@ -68,7 +68,7 @@ class Geometry:
         return (self.latent_channels, latent_frames, height // self.spatial_stride, width // self.spatial_stride)
 
 
-def _release_memory() -> None:
+def release_memory() -> None:
     """Give back to the GPU what nothing uses any more, circles of references included."""
     gc.collect()
     torch.cuda.empty_cache()
@@ -167,12 +167,12 @@ class I2VModel(ABC):
 
     def _free_others(self, name: str) -> None:
         self._encoders = {each: self._encoders[each] for each in self._encoders if each == name or each in self._on_cpu}
-        _release_memory()
+        release_memory()
 
     def _move_to_cpu(self, name: str) -> None:
         self._encoders.pop(name, None)
         self._on_cpu.add(name)
-        _release_memory()
+        release_memory()
         halve = name == "vae" and self.vae_dtype == torch.float32
         _log.warning(
             "The GPU has no room for the %s encoder at work; it runs on the CPU from here on, which takes long.%s", name,
