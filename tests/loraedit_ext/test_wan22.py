@@ -21,6 +21,7 @@ from loraedit_ext import run as runs
 from loraedit_ext.config import load_config
 from loraedit_ext.editor import Editor, Expert
 from loraedit_ext.encode import encode_all, identity
+from loraedit_ext.evaluation.suite_settings import load_suite
 from loraedit_ext.flow import TimestepSampler
 from loraedit_ext.pipeline import World
 from loraedit_ext.wan import MaskedWan
@@ -266,6 +267,11 @@ def test_the_other_lora_may_be_a_file_its_folder_or_the_newest_of_an_output_dir(
 def test_keys_of_two_experts_are_refused_without_them(folder, override):
     with pytest.raises(UserError, match=r"for Wan2\.2's two experts; set model\.expert, or remove it"):
         load_config(folder.config, [override])
+
+
+def test_the_benchmark_refuses_an_expert():
+    with pytest.raises(UserError, match=r"`model\.expert=low`: the benchmark edits with one transformer"):
+        load_suite(["model.expert=low"])
 
 
 def test_an_edit_without_the_other_expert_and_with_a_lora_of_the_wrong_one(folder, experts, tiny_wan22):
