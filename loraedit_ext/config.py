@@ -9,6 +9,7 @@ import ast
 import os
 import tomllib
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from loraedit_ext import diffusion_pipe
 from loraedit_ext.flow import SamplerName, TimestepMethod
 from loraedit_ext.masks import MaskRule
 from loraedit_ext.regimes import EditCondition, Regime
+from models.wan.config import BOUNDARY, Expert
 
 DType = Literal["float32", "bfloat16"]
 StorageDType = Literal["float32", "bfloat16", "float8"]
@@ -43,6 +45,13 @@ FAMILY_DEFAULTS: dict[Family, dict[str, dict[str, Any]]] = {
 }
 """Values of a family that differ from the fields' own defaults, which are Wan's."""
 
+_WAN22_EDIT = {"steps": 40, "guidance": 3.5, "boundary": BOUNDARY}
+EXPERT_DEFAULTS: dict[Expert, dict[str, dict[str, Any]]] = {
+    "high": {"model": {"min_t": BOUNDARY}, "edit": _WAN22_EDIT},
+    "low": {"model": {"max_t": BOUNDARY}, "edit": _WAN22_EDIT},
+}
+"""The same of an expert of Wan2.2: it is trained on the noise levels that it is used for, and both edit as the release does."""
+
 
 class ModelSettings(Settings):
     """[model]: the checkpoint and how noise levels are drawn for it."""
@@ -61,6 +70,9 @@ class ModelSettings(Settings):
     """Text encoder weights (UMT5, LLaVA) to use instead of the folder's."""
     clip_path: Path | None = None
     """CLIP weights to use instead of the folder's: Wan's image encoder, HunyuanVideo's second text encoder."""
+    expert: Expert | None = None
+    """Wan2.2 has two transformers: `high` is used for high noise and `low` for low. Needed for such a checkpoint unless
+    `transformer_path` is set. Each is trained in a run of its own, and an edit uses both: see docs/wan22.md."""
     dtype: DType = "bfloat16"
     """Compute dtype; bfloat16 means autocast around fp32 residuals."""
     transformer_dtype: StorageDType | None = None
@@ -77,7 +89,9 @@ class ModelSettings(Settings):
     guidance: float | None = Field(None, ge=0)
     """HunyuanVideo: guidance that is embedded in training; default 1, as in diffusion-pipe. Wan has no such input."""
     min_t: float = Field(0.0, ge=0, lt=1)
+    """Least noise level of the training; it cuts the shifted distribution. With expert = "high": 0.9."""
     max_t: float = Field(1.0, gt=0, le=1)
+    """Highest noise level. With expert = "low": 0.9."""
     stratified: bool = False
     """Visit every band of noise levels equally often, which evens out a run of 100 steps."""
 
@@ -178,14 +192,18 @@ class StackedLora(Settings):
     path: Path
     """A file of ComfyUI, diffusers, kohya or peft, or a folder that holds one."""
     strength: float = 1.0
+    expert: Expert | None = None
+    """Wan2.2: the expert that it is for; default: both."""
 
 
 class EditSettings(Settings):
     """[edit]: how inference.py samples and what it writes."""
 
     steps: int = Field(30, ge=1)
+    """Sampling steps. Wan2.2: 40, as released."""
     guidance: float = Field(5.0, ge=1)
-    """Classifier-free guidance; 1 switches it off and halves the cost. HunyuanVideo: 1, its guidance is embedded."""
+    """Classifier-free guidance; 1 switches it off and halves the cost. HunyuanVideo: 1, its guidance is embedded. Wan2.2: 3.5,
+    as released."""
     source_guidance: float = Field(1.0, ge=1)
     """Leads the edit away from what the LoRA makes of the source's own first frame, where that look shows through; 1 switches
     it off and saves a pass. On the tiny model 1.5 to 2 did best; untested on released ones. See docs/editing.md."""
@@ -202,6 +220,13 @@ class EditSettings(Settings):
     """Of the trained LoRA."""
     lora: list[StackedLora] = []
     """Further LoRAs on top of it; with a step-distilled one use few steps and guidance = 1."""
+    other_lora: Path | None = None
+    """Wan2.2: the LoRA of the expert that `model.expert` does not name: a file, a folder that holds one, or the `output_dir` of
+    its runs, whose newest is taken. Default: that expert goes without."""
+    other_transformer_path: Path | None = None
+    """Wan2.2: that expert's weights, where they do not lie in `ckpt_path`."""
+    boundary: float | None = Field(None, ge=0, le=1)
+    """Wan2.2: the expert for high noise is used while the noise level is at least this; default 0.9, as released."""
     condition: EditCondition = "motion"
     """What the model is told: the background (`motion`); for the paper's ablations only the `first_frame`, `all` or `none`."""
     clip_frames: int | None = Field(None, ge=5)
@@ -312,11 +337,12 @@ class RunConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _family_defaults(cls, values: Any) -> Any:
-        """Fill in what the model family has other defaults for, so that the resolved configuration tells all."""
+        """Fill in what the family or the expert has other defaults for, so that the resolved configuration tells all."""
         if not isinstance(values, dict) or not isinstance(model := values.get("model"), dict):
             return values
         filled = dict(values)
-        for table, defaults in FAMILY_DEFAULTS.get(model.get("type"), {}).items():
+        known = ((EXPERT_DEFAULTS, model.get("expert")), (FAMILY_DEFAULTS, model.get("type")))  # the first goes before
+        for table, defaults in chain(*(of.get(key, {}).items() for of, key in known if isinstance(key, str))):
             given = filled.get(table, {})
             if isinstance(given, dict):
                 filled[table] = defaults | given
@@ -329,6 +355,22 @@ class RunConfig(Settings):
                                ("edit.embedded_guidance", self.edit.embedded_guidance)):
                 if value is not None:
                     raise ValueError(f"{key} = {value:g}: Wan embeds no guidance; remove it, or see edit.guidance")
+        elif self.model.expert:
+            raise ValueError(f"model.expert = {self.model.expert!r}: HunyuanVideo has no experts; remove it")
+        if self.model.expert and self.sample_every_n_steps:
+            raise ValueError(
+                f"sample_every_n_steps = {self.sample_every_n_steps}: a preview of Wan2.2 needs both experts, and a training "
+                "has one of them in memory; remove it, and edit with inference.py when both are trained"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_where_there_are_two(self) -> RunConfig:
+        keys = ("other_lora", "other_transformer_path", "boundary")
+        given = [f"edit.{key}" for key in keys if getattr(self.edit, key) is not None]
+        given += [f"edit.lora.{index}.expert" for index, extra in enumerate(self.edit.lora) if extra.expert]
+        if given and not self.model.expert:
+            raise ValueError(f"{', '.join(given)}: for Wan2.2's two experts; set model.expert, or remove it")
         return self
 
     @model_validator(mode="after")
@@ -437,7 +479,7 @@ def _resolve_paths(config: RunConfig, base: Path) -> RunConfig:
     """Paths in the TOML are relative to it."""
     changes: dict[str, Any] = {}
     for table_name, table in ((None, config), ("model", config.model), ("adapter", config.adapter),
-                              ("evaluation", config.evaluation)):
+                              ("edit", config.edit), ("evaluation", config.evaluation)):
         paths = {
             name: Path(os.path.normpath(base / value.expanduser())) for name in type(table).model_fields
             if isinstance(value := getattr(table, name), Path)
@@ -447,5 +489,5 @@ def _resolve_paths(config: RunConfig, base: Path) -> RunConfig:
         else:
             changes[table_name] = table.model_copy(update=paths)
     stacked = [extra.model_copy(update={"path": base / extra.path.expanduser()}) for extra in config.edit.lora]
-    changes["edit"] = config.edit.model_copy(update={"lora": stacked})
+    changes["edit"] = changes["edit"].model_copy(update={"lora": stacked})
     return config.model_copy(update=changes)

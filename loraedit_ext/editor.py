@@ -19,7 +19,7 @@ from loraedit_ext.config import RunConfig
 from loraedit_ext.encode import encode_all
 from loraedit_ext.pipeline import World, autocast
 from loraedit_ext.sampling import Forward, finished, sample_latents
-from models.base import I2VModel
+from models.base import TIMESTEPS, I2VModel, release_memory
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,14 @@ class Edit:
     facts: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Expert:
+    """A transformer with its LoRAs, each with its strength: the only one of a model, or one of Wan2.2's two."""
+
+    model: I2VModel
+    stack: Sequence[tuple[lora.LoraFile, float]]
+
+
 class Editor:
     """A model with a LoRA, ready to edit jobs.
 
@@ -43,14 +51,16 @@ class Editor:
         device: where the transformer runs.
         cache: of what the frozen encoders say, so that another seed or guidance does not load them again.
         stacked: LoRAs on top of it, each with its strength.
+        other: the expert of Wan2.2 that `model` is not; the two take turns on the device.
     """
 
     def __init__(
         self, config: RunConfig, model: I2VModel, adapter: lora.LoraFile | None, device: torch.device, cache: LatentCache,
-        stacked: Sequence[tuple[lora.LoraFile, float]] = (),
+        stacked: Sequence[tuple[lora.LoraFile, float]] = (), other: Expert | None = None,
     ) -> None:
         self.config, self.model, self.adapter, self.device, self.cache = config, model, adapter, device, cache
-        self.stack = [*([(adapter, config.edit.lora_strength)] if adapter else []), *stacked]
+        own = Expert(model, [*([(adapter, config.edit.lora_strength)] if adapter else []), *stacked])
+        self.experts = [own] if other is None else [own, other] if config.model.expert == "high" else [other, own]
 
     def edit(self, job: EditJob) -> Edit:
         """Encode, sample, decode, composite."""
@@ -66,9 +76,8 @@ class Editor:
             "seconds": round(time.perf_counter() - started, 2),
             "tokens": _tokens(self.model.geometry.latent_shape(max(map(len, planned)), *job.frames.shape[1:3])),
             "pieces": [[span.start, span.stop] for span in planned],
-            "loras": [{"path": str(each.path), "sha256": hash_file(each.path), "strength": strength}
-                      for each, strength in self.stack],
-        }  # fmt: skip
+            "loras": [_lora_facts(expert, each, strength) for expert in self.experts for each, strength in expert.stack],
+        }
         return Edit(frames, generated, facts)
 
     def _generate(self, job: EditJob, piece: regimes.Piece, title: str) -> np.ndarray:
@@ -78,19 +87,25 @@ class Editor:
         samples, alone = [each.sample for each in passes], World(0, 0, 1, self.device)
         told = guidance.told(passes, encode_all(self.model, samples, self.cache, rule, alone))
         shape = self.model.geometry.latent_shape(len(piece.span), *job.frames.shape[1:3])
-        forward = self._forward(self._load_transformer())
+        forward = self._forward()
         latents = sample_latents(self.model, forward, told, shape, settings, self.device, title)
         del forward
         generated = regimes.to_pixels(self.model.decode_video(latents))
         self.model.free_encoders()
         return generated
 
-    def _forward(self, transformer: nn.Module) -> Forward:
-        """The whole transformer on this device."""
-        layers = transformer.layers()
+    def _forward(self) -> Forward:
+        """The whole transformer on this device; of two experts the one for the noise level, once the other is freed."""
+        loaded = self.experts[0]
+        layers = self._load_transformer(loaded).layers()
         dtype = getattr(torch, self.config.model.dtype)
 
         def forward(inputs: tuple[Tensor, ...], _number: int) -> Tensor:
+            nonlocal loaded, layers
+            if (expert := self._expert_at(inputs[1][0])) is not loaded:
+                layers = []
+                release_memory()
+                loaded, layers = expert, self._load_transformer(expert).layers()
             stream: Any = inputs
             with autocast(self.device, dtype):
                 for layer in layers:
@@ -99,15 +114,25 @@ class Editor:
 
         return forward
 
-    def _load_transformer(self) -> nn.Module:
+    def _expert_at(self, timestep: Tensor) -> Expert:
+        high = len(self.experts) == 1 or timestep.item() >= (self.config.edit.boundary or 0.0) * TIMESTEPS
+        return self.experts[0 if high else 1]
+
+    def _load_transformer(self, expert: Expert) -> nn.Module:
         config = self.config
-        transformer = self.model.build_transformer()
+        transformer = expert.model.build_transformer()
         layers = transformer.layers()
         dtype, linears = config.model.storage
-        self.model.load_weights(layers, dtype, self.device, linears, config.blocks_to_swap)
-        if self.stack:
-            lora.attach(transformer, layers, lora.combine(self.stack), self.device)
+        expert.model.load_weights(layers, dtype, self.device, linears, config.blocks_to_swap)
+        if expert.stack:
+            lora.attach(transformer, layers, lora.combine(expert.stack), self.device)
         return transformer.eval()
+
+
+def _lora_facts(expert: Expert, each: lora.LoraFile, strength: float) -> dict[str, Any]:
+    name = expert.model.describe().get("expert")
+    facts = {"path": str(each.path), "sha256": hash_file(each.path), "strength": strength}
+    return facts | ({"expert": name} if name else {})
 
 
 def _tokens(shape: tuple[int, ...]) -> int:

@@ -50,7 +50,7 @@ def identity(model: I2VModel, triple: Triple | Unconditional, rule: MaskRule) ->
         "name": triple.name,
         "prompt": triple.prompt,
         "mask_rule": rule,
-        "model": model.describe(),
+        "model": {key: value for key, value in model.describe().items() if key != "expert"},  # both read the same
         "encoders": model.encoder_identity(),
         **{name: _hash(tensor) for name, tensor in tensors.items() if tensor is not None},
     }

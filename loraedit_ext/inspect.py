@@ -21,7 +21,7 @@ from models.checkpoint import Tensors, guess_content, open_tensors, read_config
 from models.hunyuan.checkpoint import HunyuanCheckpoint
 from models.lora_names import split_key
 from models.scaled_fp8 import SCALE_SUFFIXES
-from models.wan.checkpoint import WanCheckpoint
+from models.wan.checkpoint import WanCheckpoint, expert_folders
 
 LOADED_BY = {
     "comfyui": "ComfyUI, diffusers, diffusion-pipe, LoRA-Edit",
@@ -73,11 +73,15 @@ def _is_whole_checkpoint(path: Path) -> bool:
 
 
 def describe_checkpoint(path: Path) -> list[str]:
-    """A checkpoint's folder: its transformer, and whether the other parts are there."""
-    family, files = open_transformer(path)
-    lines = describe_transformer(files.transformer, open_tensors(files.transformer, STEMS), path)
+    """A checkpoint's folder: its transformer, or both experts, and whether the other parts are there."""
+    experts = expert_folders(path)
+    lines = []
+    for root in experts.values() or [path]:
+        family, files = open_transformer(root)
+        lines += describe_transformer(files.transformer, open_tensors(files.transformer, STEMS), root)
+    chosen = {"expert": next(iter(experts))} if experts else {}
     try:
-        return [*lines, f"parts       {_CHECKPOINTS[family].open(path).describe_layout()}"]
+        return [*lines, f"parts       {_CHECKPOINTS[family].open(path, **chosen).describe_layout()}"]
     except UserError as error:
         return [*lines, f"incomplete  {error}"]
 
@@ -86,7 +90,7 @@ def describe_transformer(path: Path, tensors: Tensors, root: Path | None = None)
     """A transformer's weights: family, variant, naming scheme, dtypes, size, scales."""
     family, files = open_transformer(root or path)
     config = files.config
-    variant = getattr(config, "variant", getattr(config, "model_type", ""))
+    variant = config.variant
     dimensions = ", ".join(f"{key} {value}" for key, value in vars(config).items() if not isinstance(value, str))
     return [
         f"file        {path}",

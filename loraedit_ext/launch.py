@@ -6,9 +6,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from common.errors import UserError
 from common.files import check_writable
 from dataset.cache import LatentCache
 from dataset.job import EditJob, load_job
@@ -29,6 +31,9 @@ from models.hunyuan.checkpoint import HunyuanCheckpoint
 from models.streaming import streamed_blocks
 from models.wan.checkpoint import WanCheckpoint
 
+if TYPE_CHECKING:
+    from loraedit_ext.editor import Expert
+
 MAX_AREA = 832 * 480
 """Pixels of a frame beyond which the default size is scaled down: what 480P models were trained on."""
 
@@ -43,8 +48,9 @@ def build_model(config: RunConfig, device: torch.device) -> I2VModel:
     """The masked model of the configured family; reads headers, no weights."""
     settings = config.model
     open_checkpoint, masked = FAMILIES[settings.type]
+    chosen = {"expert": settings.expert} if settings.expert else {}
     checkpoint = open_checkpoint.open(
-        settings.ckpt_path, settings.transformer_path, settings.vae_path, settings.llm_path, settings.clip_path
+        settings.ckpt_path, settings.transformer_path, settings.vae_path, settings.llm_path, settings.clip_path, **chosen
     )
     return masked(checkpoint, device, config.mask_rule, vae_dtype=getattr(torch, settings.vae_dtype))
 
@@ -158,6 +164,9 @@ def edit(config: RunConfig, lora_path: Path | None, out: Path | None) -> Path:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.edit.other_lora:  # the file, so that the record tells which of a folder's LoRAs it was
+        found = config.edit.model_copy(update={"other_lora": runs.lora_at(config.edit.other_lora)})
+        config = config.model_copy(update={"edit": found})
     model = build_model(config, device)
     streamed_blocks(model.build_transformer().layers(), config.blocks_to_swap)
     job = open_job(config, model)
@@ -165,18 +174,48 @@ def edit(config: RunConfig, lora_path: Path | None, out: Path | None) -> Path:
     for note in (*regimes.left_out(job), *check_lora(adapter, model, job, config.mask_rule)):
         print(f"note      {note}", flush=True)
     check_writable(out or adapter.path.parent)
-    stacked = [(lora.read(extra.path, model), extra.strength) for extra in config.edit.lora]
-    for extra, _ in stacked:
-        lora.check_model(extra, model)
+    stacked = _stacked(config, model)
     print(f"editing   {job.name} with {adapter.path}, strength {config.edit.lora_strength:g}", flush=True)
     planned = pieces.plan(job, config.edit.clip_frames, model.geometry.temporal_stride)
     print("\n".join([plan.describe_result(job, config.edit), *pieces.describe(planned)]), flush=True)
-    for extra, strength in stacked:
-        print(f"stacked   {extra.path} ({extra.layout} names), strength {strength:g}", flush=True)
-    result = Editor(config, model, adapter, device, cache_of(config), stacked).edit(job)
+    other = _other_expert(config, job, device) if config.model.expert else None
+    result = Editor(config, model, adapter, device, cache_of(config), stacked, other).edit(job)
     folder = out or folder_beside(job, config, adapter)
     if not out and folder.name != FOLDER:
         print(f"note      {FOLDER} holds a result of other settings and stays; this one goes to {folder.name}", flush=True)
     for line in write(folder, result, job, config, adapter):
         print(f"wrote     {line}", flush=True)
     return folder
+
+
+def _stacked(config: RunConfig, model: I2VModel) -> list[tuple[lora.LoraFile, float]]:
+    """The LoRAs of [[edit.lora]] that are for this model, checked and told."""
+    expert = model.describe().get("expert")
+    stacked = [(lora.read(extra.path, model), extra.strength) for extra in config.edit.lora if extra.expert in (None, expert)]
+    for extra, strength in stacked:
+        lora.check_model(extra, model)
+        whose = f" of the expert for {expert} noise" if expert else ""
+        print(f"stacked   {extra.path} ({extra.layout} names){whose}, strength {strength:g}", flush=True)
+    return stacked
+
+
+def _other_expert(config: RunConfig, job: EditJob, device: torch.device) -> Expert:
+    """The expert of Wan2.2 that `model.expert` does not name, with its LoRAs."""
+    from loraedit_ext.editor import Expert, check_lora
+
+    name = "low" if config.model.expert == "high" else "high"
+    changes = {"expert": name, "transformer_path": config.edit.other_transformer_path}
+    try:
+        model = build_model(config.model_copy(update={"model": config.model.model_copy(update=changes)}), device)
+    except UserError as error:
+        needed = f"editing needs the expert for {name} noise too; edit.other_transformer_path may name it"
+        raise UserError(f"{needed}. {error}") from error
+    stacked = _stacked(config, model)
+    if config.edit.other_lora is None:
+        print(f"note      the expert for {name} noise goes without a trained LoRA: edit.other_lora names one", flush=True)
+        return Expert(model, stacked)
+    adapter = lora.read(config.edit.other_lora, model)
+    for note in check_lora(adapter, model, job, config.mask_rule):
+        print(f"note      {note}", flush=True)
+    print(f"editing   the expert for {name} noise with {adapter.path}", flush=True)
+    return Expert(model, [(adapter, config.edit.lora_strength), *stacked])

@@ -268,6 +268,7 @@ def describe(
         f"model     {config.model.type} from {config.model.source}: "
         + ", ".join(f"{k} {v}" for k, v in model.describe().items() if k != "family"),
         f"layout    {model.checkpoint.describe_layout()}",
+        *([f"levels    noise levels from {config.model.min_t:g} to {config.model.max_t:g}"] * bool(config.model.expert)),
         *(f"job       {choice}" for choice in job.choices),
         describe_result(job, config.edit), *pieces.describe(planned),
         *(f"note      {note}" for note in clip_notes(job, model, at_once)),

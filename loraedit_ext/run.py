@@ -92,6 +92,16 @@ def _differences(wanted: Mapping[str, Any], there: Mapping[str, Any], prefix: st
     return found
 
 
+def lora_at(path: Path) -> Path:
+    """A LoRA file or a folder that holds one as it is; of any other folder, an output_dir, the newest LoRA.
+
+    Raises:
+        UserError: there is none.
+    """
+    holds_none = path.is_dir() and not any((path / name).is_file() for name in lora.FILE_NAMES)
+    return newest_lora(path) if holds_none and not any(path.glob("*.safetensors")) else path
+
+
 def newest_lora(output_dir: Path) -> Path:
     """The LoRA of the newest run's last exported step.
 

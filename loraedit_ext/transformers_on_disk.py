@@ -10,7 +10,7 @@ from models.hunyuan.checkpoint import TRANSFORMER_FILE as HUNYUAN_FILE
 from models.hunyuan.checkpoint import TRANSFORMER_STEM as HUNYUAN_STEM
 from models.hunyuan.checkpoint import HunyuanTransformerFiles
 from models.parts import TRANSFORMER_STEM, has_weights
-from models.wan.checkpoint import WanTransformerFiles
+from models.wan.checkpoint import WanTransformerFiles, expert_folders
 
 STEMS = (TRANSFORMER_STEM, HUNYUAN_STEM)
 _MARKS = {
@@ -23,7 +23,7 @@ def open_transformer(path: Path) -> tuple[str, WanTransformerFiles | HunyuanTran
     """The family and the files of the transformer at `path`: a checkpoint's folder, its subfolder, or a file.
 
     Raises:
-        UserError: there is none, or it is of no family known here.
+        UserError: there is none, there are two, or it is of no family known here.
     """
     where = _located(path)
     names = list(open_tensors(where, STEMS))
@@ -43,5 +43,9 @@ def _located(path: Path) -> Path:
         return path
     if (path / HUNYUAN_FILE).is_file():
         return path / HUNYUAN_FILE
+    if experts := expert_folders(path):
+        raise UserError(
+            f"{path}: Wan2.2, which has two transformers; name one of them: {' or '.join(map(str, experts.values()))}."
+        )
     subfolder = path / "transformer"
     return subfolder if subfolder.is_dir() and has_weights(subfolder) else path

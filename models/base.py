@@ -68,7 +68,7 @@ class Geometry:
         return (self.latent_channels, latent_frames, height // self.spatial_stride, width // self.spatial_stride)
 
 
-def _release_memory() -> None:
+def release_memory() -> None:
     """Give back to the GPU what nothing uses any more, circles of references included."""
     gc.collect()
     torch.cuda.empty_cache()
@@ -106,7 +106,7 @@ class I2VModel(ABC):
     """How ComfyUI, diffusers and kohya's tools spell this family's linears."""
     lora_targets: ClassVar[str]
     """Regular expression of the linears that a LoRA adapts, in original names."""
-    condition_names: ClassVar[tuple[str, ...]]
+    condition_names: tuple[str, ...]
     """The conditioning tensors, in the order in which the transformer's inputs have them."""
     kept_in_fp32: ClassVar[tuple[str, ...]]
     """Parts of the names of small weights that stay fp32 whatever the storage dtype."""
@@ -167,12 +167,12 @@ class I2VModel(ABC):
 
     def _free_others(self, name: str) -> None:
         self._encoders = {each: self._encoders[each] for each in self._encoders if each == name or each in self._on_cpu}
-        _release_memory()
+        release_memory()
 
     def _move_to_cpu(self, name: str) -> None:
         self._encoders.pop(name, None)
         self._on_cpu.add(name)
-        _release_memory()
+        release_memory()
         halve = name == "vae" and self.vae_dtype == torch.float32
         _log.warning(
             "The GPU has no room for the %s encoder at work; it runs on the CPU from here on, which takes long.%s", name,

@@ -88,7 +88,7 @@ def _velocity(
     words, picture = model.text_embedding(text), model.img_emb(image)
     hidden = patches.flatten(2).transpose(1, 2).float()
     for block in model.blocks:
-        hidden = block(hidden, modulation, words, picture, rope)
+        hidden = block(hidden, modulation, rope, words, picture)
     pt, ph, pw = model.config.patch_size
     return rearrange(
         model.head(hidden, time), "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)",

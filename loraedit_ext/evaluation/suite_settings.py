@@ -69,6 +69,9 @@ def load_suite(overrides: Iterable[str], quick: bool = False) -> tuple[SuiteSett
                                   "dataset")):  # fmt: skip
             raise UserError(f"override `{override}`: the benchmark sets this itself; see suite.steps, suite.seeds, "
                             "suite.checkpoint and --out.")  # fmt: skip
+        elif override.startswith("model.expert"):
+            raise UserError(f"override `{override}`: the benchmark edits with one transformer, and Wan2.2 needs two. "
+                            "Use a Wan2.1 checkpoint.")  # fmt: skip
         else:
             rest.append(override)
     return load_settings(SuiteSettings, Path("command line"), values["suite"]), rest

@@ -1,4 +1,4 @@
-"""Finds and opens the parts of a Wan2.1-I2V checkpoint: original folder, diffusers folder, single files."""
+"""Finds and opens the parts of a Wan-I2V checkpoint: original folder, diffusers folder, single files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from common.errors import ErrorCollector, UserError
 from models.checkpoint import Tensors, open_tensors, read_config, stored_dtype
 from models.parts import TRANSFORMER_STEM, config_of, file_identity, find_part, listing, part_identity, within
 from models.scaled_fp8 import dequantised
-from models.wan.config import WanConfig, transformer_shapes
+from models.wan.config import Expert, WanConfig, has_image_branch, transformer_shapes
 from models.wan.encoders import VAE_PREFIXES, WanImageEncoder, WanTextEncoder, WanVAE
 from models.wan.keys import TRANSFORMER
 from models.wan.tokenizer import EMBEDDED, WanTokenizer, tokenizer_file
@@ -23,7 +23,18 @@ VAE_FILE = "Wan2.1_VAE.pth"
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 IMAGE_ENCODER_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 TOKENIZER_FOLDER = "google/umt5-xxl"
+EXPERT_FOLDERS: dict[Expert, tuple[str, str]] = {
+    "high": ("high_noise_model", "transformer"), "low": ("low_noise_model", "transformer_2")
+}
+"""Where Wan2.2's transformers for high and for low noise lie, in the original layout and in diffusers'."""
 
+_WHICH_EXPERT = (
+    "{}: Wan2.2-I2V-A14B, which has two experts, a transformer for high noise and one for low. Choose one with "
+    'model.expert = "high" or "low".'
+)
+_NOT_OF_WAN21 = (
+    'model.expert = "{}" chooses a transformer of Wan2.2-I2V-A14B; Wan2.1 has one for all noise levels: for it remove the key.'
+)
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 _DIFFUSERS_MARKER = "condition_embedder.time_proj.weight"
 
@@ -71,6 +82,11 @@ class WanTransformerFiles:
         tensors = self._transformer
         return tensors.renamed(to_original, to_diffusers) if self.layout == "diffusers" else tensors
 
+    @property
+    def reads_image(self) -> bool:
+        """Whether the transformer needs an image encoder; tells by names alone, whatever else is wrong with the file."""
+        return has_image_branch(self._in_original_names)
+
     @cached_property
     def config(self) -> WanConfig:
         """The transformer's dimensions, from its weights and config.json."""
@@ -95,29 +111,35 @@ class WanTransformerFiles:
 class WanCheckpoint(WanTransformerFiles):
     """Where the parts of a checkpoint lie; opens and loads each when asked.
 
-    Every part is a file, or a folder with weights and perhaps a config.json.
+    Every part is a file, or a folder with weights and perhaps a config.json. Wan2.2 has no image encoder, and two transformers,
+    the experts: this is a checkpoint with one of them.
     """
 
     vae: Path
     text_encoder: Path
     tokenizer: Path
-    image_encoder: Path
+    image_encoder: Path | None = None
+    expert: Expert | None = None
 
     @classmethod
     def open(
         cls, ckpt_path: Path | None, transformer_path: Path | None = None, vae_path: Path | None = None,
-        llm_path: Path | None = None, clip_path: Path | None = None,
+        llm_path: Path | None = None, clip_path: Path | None = None, expert: Expert | None = None,
     ) -> WanCheckpoint:
         """Find the parts in `ckpt_path` (original or diffusers layout); a part's own path takes precedence.
 
+        Args:
+            expert: which transformer of Wan2.2.
+
         Raises:
-            UserError: parts that cannot be found, all in one message with what was looked for and is there.
+            UserError: parts that cannot be found, all in one message with what was looked for and is there; an expert of
+                Wan2.1, or none of a folder that has them.
         """
         root = ckpt_path
         if root is not None and not root.is_dir():
-            raise UserError(f"{root}: no such folder. ckpt_path must be that of a Wan2.1-I2V checkpoint.")
+            raise UserError(f"{root}: no such folder. ckpt_path must be that of a Wan-I2V checkpoint.")
         problems = ErrorCollector()
-        transformers = [root / "transformer", root] if root else []
+        transformers = _transformer_folders(root, transformer_path, expert)
         texts = within(root, TEXT_ENCODER_FILE, "text_encoder")
         images = within(root, IMAGE_ENCODER_FILE, "image_encoder")
         found = {
@@ -126,26 +148,41 @@ class WanCheckpoint(WanTransformerFiles):
             ),
             "vae": find_part("vae_path", vae_path, within(root, VAE_FILE, "vae"), problems),
             "text_encoder": find_part("llm_path", llm_path, texts, problems),
-            "image_encoder": find_part("clip_path", clip_path, images, problems),
             "tokenizer": _find_tokenizer(root, llm_path, problems),
         }
+        place = found["transformer"]
+        if place is None or WanTransformerFiles(transformer=place).reads_image:
+            found["image_encoder"] = find_part("clip_path", clip_path, images, problems)
+        if place is None and expert:
+            problems.add(_NOT_OF_WAN21.format(expert))
         if problems.messages:
             there = f"\n{root} holds: {listing(root)}" if root else ""
             raise UserError("Wan checkpoint incomplete:\n  - " + "\n  - ".join(problems.messages) + there)
-        return cls(**{part: path for part, path in found.items() if path is not None}, config_folder=root)
+        parts = {part: path for part, path in found.items() if path is not None}
+        checkpoint = cls(**parts, config_folder=root, expert=expert)
+        checkpoint._check_expert(needed=transformer_path is None)
+        return checkpoint
+
+    def _check_expert(self, needed: bool) -> None:
+        if self.expert and self.reads_image:
+            raise UserError(f"{self.transformer}: this is Wan2.1. {_NOT_OF_WAN21.format(self.expert)}")
+        if needed and not self.expert and not self.config.reads_image:
+            raise UserError(_WHICH_EXPERT.format(self.transformer))
 
     def describe_layout(self) -> str:
         """Naming scheme and stored dtype of each part, in one line; reads headers only."""
         vae = open_tensors(self.vae).stripped(*VAE_PREFIXES)
-        text, image = open_tensors(self.text_encoder), open_tensors(self.image_encoder)
+        text = open_tensors(self.text_encoder)
         original_vae = "encoder.downsamples.0.residual.2.weight" in vae
-        original_image = any(name.removeprefix("visual.") == "cls_embedding" for name in image)
         parts = {
             "transformer": (self.layout, self._transformer),
             "vae": ("original" if original_vae else "diffusers", vae),
             "text encoder": ("original" if "token_embedding.weight" in text else "transformers", text),
-            "image encoder": ("original" if original_image else "transformers", image),
         }
+        if self.image_encoder:
+            image = open_tensors(self.image_encoder)
+            original_image = any(name.removeprefix("visual.") == "cls_embedding" for name in image)
+            parts["image encoder"] = ("original" if original_image else "transformers", image)
         return ", ".join(f"{part} {names} ({stored_dtype(tensors)})" for part, (names, tensors) in parts.items())
 
     def load_vae(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> WanVAE:
@@ -175,9 +212,26 @@ class WanCheckpoint(WanTransformerFiles):
         tokenizer = tokenizer_file(self.tokenizer)
         return {
             "vae": part_identity(self.vae), "text_encoder": part_identity(self.text_encoder),
-            "image_encoder": part_identity(self.image_encoder),
+            **({"image_encoder": part_identity(self.image_encoder)} if self.image_encoder else {}),
             "tokenizer": [file_identity(tokenizer, whole=self.tokenizer.is_dir())] if tokenizer else [],
         }
+
+
+def expert_folders(root: Path) -> dict[Expert, Path]:
+    """The transformers of a Wan2.2 checkpoint's folder that are there; empty for any other folder."""
+    if not any((root / name).is_dir() for name in (*EXPERT_FOLDERS["low"], EXPERT_FOLDERS["high"][0])):
+        return {}
+    places = {expert: within(root, *names) for expert, names in EXPERT_FOLDERS.items()}
+    return {expert: path for expert, paths in places.items() for path in paths if path.is_dir()}
+
+
+def _transformer_folders(root: Path | None, given: Path | None, expert: Expert | None) -> list[Path]:
+    """Where the checkpoint's transformer may lie."""
+    if expert:
+        return within(root, *EXPERT_FOLDERS[expert])
+    if root and not given and expert_folders(root):
+        raise UserError(_WHICH_EXPERT.format(root))
+    return within(root, "transformer", ".")
 
 
 def _find_tokenizer(root: Path | None, llm_path: Path | None, problems: ErrorCollector) -> Path | None:

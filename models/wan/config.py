@@ -1,18 +1,23 @@
-"""Dimensions of a Wan2.1-I2V transformer, read from its weights and its config.json."""
+"""Dimensions of a Wan-I2V transformer, read from its weights and its config.json."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from common.errors import UserError
 from models.checkpoint import Shape, guess_content
 
+Expert = Literal["high", "low"]
+"""Which of Wan2.2's two transformers: the one for high noise or the one for low."""
+
 _HEAD_DIM = 128  # of every released Wan2.1 transformer
 _I2V_CHANNELS = 36
+BOUNDARY = 0.9
+"""Noise level at and above which Wan2.2-I2V-A14B's expert for high noise is used (`boundary` of the release)."""
 _MAX_LAYERS = 1000  # no model has more; a file that claims so is damaged
 _ORIGINAL_FIELDS = (
     "dim", "eps", "ffn_dim", "freq_dim", "in_dim", "model_type", "num_heads", "num_layers", "out_dim",
@@ -30,6 +35,8 @@ _FROM_JSON = ("num_heads", "eps", "text_len")
 class WanConfig:
     """Constructor values of the transformer, named as in the original config.json.
 
+    Wan2.2's is Wan2.1's without the image branch: `image_dim` is None.
+
     `in_dim` counts 16 noisy latent, 4 mask and 16 condition latent channels; `patch_size` is (frames,
     height, width) in latent cells.
     """
@@ -43,10 +50,19 @@ class WanConfig:
     freq_dim: int = 256
     text_dim: int = 4096
     text_len: int = 512
-    image_dim: int = 1280
+    image_dim: int | None = 1280
     eps: float = 1e-6
     patch_size: tuple[int, int, int] = (1, 2, 2)
     model_type: str = "i2v"
+
+    @property
+    def reads_image(self) -> bool:
+        """Whether there is an image branch."""
+        return self.image_dim is not None
+
+    @property
+    def variant(self) -> str:
+        return f"wan2.{1 if self.reads_image else 2}-{self.model_type}"
 
     @property
     def head_dim(self) -> int:
@@ -71,7 +87,7 @@ class WanConfig:
             where: the file or folder to name in messages.
 
         Raises:
-            UserError: not a Wan2.1-I2V transformer, or the config.json contradicts the weights.
+            UserError: not the transformer of Wan2.1-I2V or Wan2.2-I2V-A14B, or the config.json contradicts the weights.
         """
         _require_i2v(shapes, where)
         given = _original_fields(config_json or {})
@@ -98,8 +114,8 @@ class WanConfig:
         fields = {theirs: getattr(self, ours) for theirs, ours in _DIFFUSERS_FIELDS.items()}
         return fields | {
             "_class_name": "WanTransformer3DModel", "attention_head_dim": self.head_dim,
-            "patch_size": [*self.patch_size],
-            "added_kv_proj_dim": self.dim, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
+            "patch_size": [*self.patch_size], "added_kv_proj_dim": self.dim if self.reads_image else None,
+            "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
             "rope_max_seq_len": 1024, "pos_embed_seq_len": None,
         }
 
@@ -110,7 +126,7 @@ def _require_i2v(shapes: Mapping[str, Shape], where: object) -> None:
         some = ", ".join(list(shapes)[:5]) or "none"
         raise UserError(
             f"{where}: no Wan transformer: patch_embedding.weight is missing among {len(shapes)} tensors "
-            f"({some}). Expected the weights of Wan2.1-I2V. {guess_content(shapes)}"
+            f"({some}). Expected the weights of Wan2.1-I2V or Wan2.2-I2V-A14B. {guess_content(shapes)}"
         )
     if patch[1] == 16:
         raise UserError(
@@ -125,11 +141,11 @@ def _require_i2v(shapes: Mapping[str, Shape], where: object) -> None:
         raise UserError(
             f"{where}: this is Wan2.1-FLF2V (first and last frame); LoRA-Edit needs a Wan2.1-I2V checkpoint."
         )
-    if not all(any(part in name for name in shapes) for part in ("img_emb.", ".k_img.")):
-        raise UserError(
-            f"{where}: 36 input channels but no image embedding (img_emb, k_img): this is not Wan2.1-I2V, "
-            "perhaps Wan2.2-I2V-A14B. LoRA-Edit needs a Wan2.1-I2V checkpoint."
-        )
+
+
+def has_image_branch(names: Iterable[str]) -> bool:
+    """Whether parameters of these original names read image features, as Wan2.1's do and Wan2.2's do not."""
+    return any(part in name for name in names for part in ("img_emb.", ".k_img."))
 
 
 def _original_fields(config_json: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,7 +175,7 @@ def _sizes(shapes: Mapping[str, Shape], where: object) -> dict[str, Any]:
             "out_dim": shapes["head.head.weight"][0] // math.prod(patch[2:]),
             "freq_dim": shapes["time_embedding.0.weight"][1],
             "text_dim": shapes["text_embedding.0.weight"][1],
-            "image_dim": shapes["img_emb.proj.0.weight"][0],
+            "image_dim": shapes["img_emb.proj.0.weight"][0] if has_image_branch(shapes) else None,
         }
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise UserError(
@@ -183,7 +199,7 @@ def _require_valid(config: WanConfig, where: object) -> None:
 
 
 def transformer_shapes(config: WanConfig) -> dict[str, Shape]:
-    """Names and shapes of all tensors of a Wan2.1-I2V transformer, in the original names."""
+    """Names and shapes of all tensors of a Wan-I2V transformer, in the original names."""
     d, image = config.dim, config.image_dim
     shapes: dict[str, Shape] = {
         "patch_embedding.weight": (d, config.in_dim, *config.patch_size), "patch_embedding.bias": (d,)
@@ -195,6 +211,8 @@ def transformer_shapes(config: WanConfig) -> dict[str, Shape]:
         shapes |= {f"blocks.{index}.{name}": shape for name, shape in _block_shapes(config).items()}
     shapes |= {"head.modulation": (1, 2, d)}
     shapes |= _linear("head.head", config.out_dim * math.prod(config.patch_size), d)
+    if image is None:
+        return shapes
     shapes |= _norm("img_emb.proj.0", image) | _linear("img_emb.proj.1", image, image)
     return shapes | _linear("img_emb.proj.3", d, image) | _norm("img_emb.proj.4", d)
 
@@ -202,11 +220,12 @@ def transformer_shapes(config: WanConfig) -> dict[str, Shape]:
 def _block_shapes(config: WanConfig) -> dict[str, Shape]:
     d = config.dim
     shapes: dict[str, Shape] = {"modulation": (1, 6, d)}
-    for attention, names in (("self_attn", "qkvo"), ("cross_attn", ["q", "k", "v", "o", "k_img", "v_img"])):
+    image = ("k_img", "v_img") if config.reads_image else ()
+    for attention, names in (("self_attn", "qkvo"), ("cross_attn", (*"qkvo", *image))):
         for name in names:
             shapes |= _linear(f"{attention}.{name}", d, d)
         shapes |= {f"{attention}.norm_q.weight": (d,), f"{attention}.norm_k.weight": (d,)}
-    shapes |= {"cross_attn.norm_k_img.weight": (d,)}
+    shapes |= {f"cross_attn.norm_{name}.weight": (d,) for name in image[:1]}
     shapes |= _norm("norm3", d)
     return shapes | _linear("ffn.0", config.ffn_dim, d) | _linear("ffn.2", d, config.ffn_dim)
 

@@ -1,6 +1,6 @@
-"""Writes a tiny random checkpoint in the layout of the released Wan2.1-I2V: tests and the demo live on it.
+"""Writes a tiny random checkpoint in the layout of the released Wan2.1-I2V or Wan2.2-I2V: tests and the demo live on it.
 
-    python -m models.wan.random_weights OUT [--layout original|diffusers] [--seed N] [--shards N] ...
+    python -m models.wan.random_weights OUT [--variant wan2.1|wan2.2] [--layout original|diffusers] [--seed N] [--shards N] ...
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import string
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,6 +20,7 @@ from models.wan.config import WanConfig, transformer_shapes
 from models.wan.keys import vae_keys
 from models.wan.save import Layout, State, WanWeights, write_checkpoint
 
+Variant = Literal["wan2.1", "wan2.2"]
 _WORDS = (
     "a an and are at background ball black blue bright camera car cat cinematic city close dark day dog "
     "face field flower forest from girl grass green hair her his horse house in is jumping left light "
@@ -42,9 +43,10 @@ class TinySizes:
     vae_dim: int = 4
 
 
-def tiny_config() -> WanConfig:
+def tiny_config(variant: Variant = "wan2.1") -> WanConfig:
     """The default transformer: about 0.7 M parameters, 3 heads of 32."""
-    return WanConfig(dim=96, ffn_dim=192, num_heads=3, num_layers=4, text_dim=64, image_dim=80)
+    image_dim = 80 if variant == "wan2.1" else None
+    return WanConfig(dim=96, ffn_dim=192, num_heads=3, num_layers=4, text_dim=64, image_dim=image_dim)
 
 
 def write_random_checkpoint(
@@ -54,7 +56,8 @@ def write_random_checkpoint(
     """Write a complete checkpoint with random weights; both layouts hold the same for the same seed.
 
     Args:
-        config: the transformer's dimensions; `text_dim` and `image_dim` also set the encoders' widths.
+        config: the transformer's dimensions; `text_dim` and `image_dim` also set the encoders' widths. Without an
+            `image_dim` it is Wan2.2, with two experts.
         shards: files that the transformer's weights are spread over (original layout).
         dtype: of the transformer; the release has float32. UMT5 is bfloat16, VAE and CLIP float32, as there.
 
@@ -70,13 +73,17 @@ def random_weights(config: WanConfig, sizes: TinySizes, seed: int, dtype: torch.
     """Random weights of all parts; the same for the same arguments."""
     tokenizer, vocabulary = build_tokenizer()
     generator = torch.Generator().manual_seed(seed)
-    transformer = random_transformer(config, generator)
+
+    def transformer() -> State:
+        return {name: value.to(dtype) for name, value in random_transformer(config, generator).items()}
+
+    high = transformer()
+    text = random_text_encoder(config.text_dim, vocabulary, sizes, generator)
+    image = random_image_encoder(config.image_dim, sizes, generator) if config.image_dim else None
     return WanWeights(
-        config=config, transformer={name: value.to(dtype) for name, value in transformer.items()},
-        text_encoder=random_text_encoder(config.text_dim, vocabulary, sizes, generator),
-        image_encoder=random_image_encoder(config.image_dim, sizes, generator),
-        vae=random_vae(sizes.vae_dim, generator), tokenizer=tokenizer,
-        image_heads=max(1, config.image_dim // 80),
+        config=config, transformer=high, text_encoder=text, image_encoder=image, vae=random_vae(sizes.vae_dim, generator),
+        tokenizer=tokenizer, image_heads=max(1, (config.image_dim or 0) // 80),
+        low_noise=None if config.image_dim else transformer(),
     )
 
 
@@ -185,6 +192,7 @@ def build_tokenizer(words: str = _WORDS) -> tuple[Any, int]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("random_weights", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--variant", choices=["wan2.1", "wan2.2"], default="wan2.1")
     parser.add_argument("--layout", choices=["original", "diffusers"], default="original")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shards", type=int, default=2)
@@ -196,11 +204,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--vae-dim", type=int, default=sizes.vae_dim)
     given = parser.parse_args(arguments)
     config = replace(config, **{name: getattr(given, name) for name in sizing})
+    if given.variant == "wan2.2":
+        config = replace(config, image_dim=None)
     write_random_checkpoint(
         given.out, config, replace(sizes, vae_dim=given.vae_dim), given.layout, given.seed, given.shards,
         getattr(torch, given.dtype),
     )
-    print(f"{given.out}: random Wan2.1-I2V checkpoint, {given.layout} layout, seed {given.seed}")
+    print(f"{given.out}: random {given.variant.title()}-I2V checkpoint, {given.layout} layout, seed {given.seed}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes complete Wan2.1-I2V checkpoints: the original release's layout, or a diffusers folder."""
+"""Writes complete Wan-I2V checkpoints: the original release's layout, or a diffusers folder."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from common.files import write_atomic, write_json_atomic
 from models.parts import TRANSFORMER_STEM
 from models.wan.checkpoint import (
+    EXPERT_FOLDERS,
     IMAGE_ENCODER_FILE,
     TEXT_ENCODER_FILE,
     TOKENIZER_FOLDER,
@@ -29,7 +30,7 @@ Layout = Literal["original", "diffusers"]
 
 @dataclass(frozen=True)
 class WanWeights:
-    """The weights of all parts, each in the original names.
+    """The weights of all parts, each in the original names; of Wan2.2 there is no image encoder and a second transformer.
 
     `image_encoder` is the vision tower without the prefix `visual.`; `vae` may hold `latents_mean` and
     `latents_std` where the statistics are not Wan2.1's; `tokenizer` is one of the tokenizers library.
@@ -38,10 +39,12 @@ class WanWeights:
     config: WanConfig
     transformer: State
     text_encoder: State
-    image_encoder: State
     vae: State
     tokenizer: Any
-    image_heads: int
+    image_encoder: State | None = None
+    image_heads: int = 1
+    low_noise: State | None = None
+    """Wan2.2's expert for low noise; `transformer` is then the one for high noise."""
 
 
 def write_checkpoint(folder: Path, weights: WanWeights, layout: Layout = "original", shards: int = 2) -> None:
@@ -63,13 +66,24 @@ def write_tokenizer(folder: Path, tokenizer: Any) -> None:
 
 
 def _write_original(folder: Path, weights: WanWeights, shards: int) -> None:
-    write_json_atomic(folder / "config.json", weights.config.original_json())
-    _write_shards(folder, weights.transformer, shards)
+    for name, state in _transformers(weights, "original").items():
+        write_json_atomic(folder / name / "config.json", weights.config.original_json())
+        _write_shards(folder / name, state, shards)
     _save_torch(folder / TEXT_ENCODER_FILE, weights.text_encoder)
     _save_torch(folder / VAE_FILE, weights.vae)
+    if weights.image_encoder is None:
+        return
     visual = {f"visual.{name}": value for name, value in weights.image_encoder.items()}
     textual = {"log_scale": torch.tensor(2.66), "textual.token_embedding.weight": torch.zeros(8, 4)}
     _save_torch(folder / IMAGE_ENCODER_FILE, visual | textual)
+
+
+def _transformers(weights: WanWeights, layout: Layout) -> dict[str, State]:
+    """The transformer's weights, or those of both experts, by folder."""
+    number = 0 if layout == "original" else 1
+    if weights.low_noise is None:
+        return {(".", "transformer")[number]: weights.transformer}
+    return {EXPERT_FOLDERS["high"][number]: weights.transformer, EXPERT_FOLDERS["low"][number]: weights.low_noise}
 
 
 def _write_shards(folder: Path, state: State, shards: int) -> None:
@@ -89,20 +103,24 @@ def _write_shards(folder: Path, state: State, shards: int) -> None:
 
 
 def _write_diffusers(folder: Path, weights: WanWeights) -> None:
-    transformer = {to_diffusers(name): value for name, value in weights.transformer.items()}
-    _write_part(folder / "transformer", TRANSFORMER_STEM, transformer, weights.config.diffusers_json())
+    transformers = _transformers(weights, "diffusers")
+    for name, state in transformers.items():
+        renamed = {to_diffusers(key): value for key, value in state.items()}
+        _write_part(folder / name, TRANSFORMER_STEM, renamed, weights.config.diffusers_json())
     vae, vae_json = _vae_for_diffusers(weights.vae)
     _write_part(folder / "vae", TRANSFORMER_STEM, vae, vae_json)
     text = {TEXT_ENCODER.to_right(name): value for name, value in weights.text_encoder.items()}
     _write_part(folder / "text_encoder", "model", text, _umt5_json(text))
-    image = _clip_for_transformers(weights.image_encoder)
-    _write_part(folder / "image_encoder", "model", image, _clip_json(image, weights.image_heads))
+    encoders = {"text_encoder": ["transformers", "UMT5EncoderModel"]}
+    if weights.image_encoder is not None:
+        image = _clip_for_transformers(weights.image_encoder)
+        _write_part(folder / "image_encoder", "model", image, _clip_json(image, weights.image_heads))
+        encoders["image_encoder"] = ["transformers", "CLIPVisionModel"]
     write_json_atomic(folder / "model_index.json", {
         "_class_name": "WanImageToVideoPipeline",
-        "transformer": ["diffusers", "WanTransformer3DModel"],
+        **{name: ["diffusers", "WanTransformer3DModel"] for name in transformers},
         "vae": ["diffusers", "AutoencoderKLWan"],
-        "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "image_encoder": ["transformers", "CLIPVisionModel"],
+        **encoders,
         "tokenizer": ["transformers", "T5TokenizerFast"],
     })
 

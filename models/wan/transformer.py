@@ -1,4 +1,4 @@
-"""The Wan2.1-I2V diffusion transformer, under the original checkpoint's parameter names.
+"""The diffusion transformer of Wan2.1-I2V and, without the image branch, of Wan2.2-I2V, under the original names.
 
 Reference: Wan-Video/Wan2.1 `wan/modules/model.py`. The residual stream is fp32 under bf16 autocast, as there.
 Axes: B batch, C T h w latents, N = T * h/2 * w/2 tokens, D width, L text tokens, I image tokens.
@@ -59,17 +59,21 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
-    """Attention to the text and, with its own keys and values, to the image tokens; the two are added."""
+    """Attention to the text and, with its own keys and values, to the image tokens if there are any; the two are added."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__(config)
+        if not config.reads_image:
+            return
         self.k_img = nn.Linear(config.dim, config.dim)
         self.v_img = nn.Linear(config.dim, config.dim)
         self.norm_k_img = RMSNorm(config.dim, config.eps)
 
-    def forward(self, x: Tensor, text: Tensor, image: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
         q = self.heads(self.norm_q(self.q(x)))
         to_text = attention(q, self.heads(self.norm_k(self.k(text))), self.heads(self.v(text)))
+        if image is None:
+            return self.o(to_text)
         image_key = self.heads(self.norm_k_img(self.k_img(image)))
         to_image = attention(q, image_key, self.heads(self.v_img(image)))
         return self.o(to_text + to_image)
@@ -99,35 +103,34 @@ class Block(TransformerBlock):
         self.ffn = FeedForward(config)
         self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
 
-    def forward(self, x: Tensor, modulation: Tensor, text: Tensor, image: Tensor, rope: Tensor) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, rope: Tensor, *context: Tensor) -> Tensor:
         """One block.
 
         Args:
             x: fp32 residual stream (B, N, D).
             modulation: fp32 (B, 6, D): shift, scale, gate of attention, then of feed-forward.
-            text: (B, L, D) projected text tokens.
-            image: (B, I, D) projected image tokens.
             rope: fp32 (2, N, d/2).
+            context: (B, L, D) projected text tokens, (B, I, D) projected image tokens if the model reads an image.
         """
         modulation = self.modulation.float() + modulation
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.chunk(6, dim=1)
         attended = self.self_attn(to_autocast(self.norm1(x) * (1 + scale) + shift), rope)
         x = x + attended * gate
-        x = x + self.cross_attn(to_autocast(self.norm3(x)), text, image)
+        x = x + self.cross_attn(to_autocast(self.norm3(x)), *context)
         return x + self.ffn(to_autocast(self.norm2(x) * (1 + ffn_scale) + ffn_shift)) * ffn_gate
 
 
 class ImageProjection(nn.Module):
     """Image features to context tokens (original `MLPProj`)."""
 
-    def __init__(self, config: WanConfig) -> None:
+    def __init__(self, image_dim: int, dim: int) -> None:
         super().__init__()
         self.proj = nn.Sequential(
-            Float32LayerNorm(config.image_dim),
-            nn.Linear(config.image_dim, config.image_dim),
+            Float32LayerNorm(image_dim),
+            nn.Linear(image_dim, image_dim),
             nn.GELU(),
-            nn.Linear(config.image_dim, config.dim),
-            Float32LayerNorm(config.dim),
+            nn.Linear(image_dim, dim),
+            Float32LayerNorm(dim),
         )
 
     def forward(self, features: Tensor) -> Tensor:
@@ -154,26 +157,24 @@ class EmbedLayer(PipelineLayer):
     """First pipeline layer: latents, timestep, text and image features to tokens and constants."""
 
     def __init__(self, model: WanTransformer) -> None:
-        names = ("patch_embedding", "text_embedding", "time_embedding", "time_projection", "img_emb")
+        names = ["patch_embedding", "text_embedding", "time_embedding", "time_projection"]
+        names += ["img_emb"] if model.config.reads_image else []
         super().__init__({name: name for name in names})
         self.config = model.config
-        self.patch_embedding = model.patch_embedding
-        self.text_embedding = model.text_embedding
-        self.time_embedding = model.time_embedding
-        self.time_projection = model.time_projection
-        self.img_emb = model.img_emb
+        for name in names:
+            setattr(self, name, getattr(model, name))
 
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """(noisy (B,16,T,h,w), timestep (B,), y (B,20,T,h,w), text (B,L,·), image (B,I,·)) -> stream."""
-        noisy, timestep, y, text, image = inputs
+        """(noisy (B,16,T,h,w), timestep (B,), y (B,20,T,h,w), text (B,L,·), image (B,I,·) if any) -> stream."""
+        noisy, timestep, y, text, *image = inputs
         patches = self.patch_embedding(torch.cat([noisy, y.to(noisy.dtype)], dim=1))
         hidden = rearrange(patches, "b d t h w -> b (t h w) d").float().contiguous()
         time = self.time_embedding(sinusoid(timestep, self.config.freq_dim))
         modulation = self.time_projection(time).unflatten(1, (6, -1))
-        context = (to_autocast(self.text_embedding(text)), to_autocast(self.img_emb(image)))
+        context = (self.text_embedding(text), *(self.img_emb(features) for features in image))
         grid = torch.tensor(patches.shape[2:], device=hidden.device)
         rope = self.rope(tuple(patches.shape[2:])).to(hidden.device)
-        constants = (modulation, time, *context, rope)
+        constants = (modulation, time, *map(to_autocast, context), rope)
         return (hidden, *(freeze(c) for c in constants), grid)
 
     def rope(self, grid: tuple[int, int, int]) -> Tensor:
@@ -190,9 +191,9 @@ class BlockLayer(PipelineLayer):
         self.block = block
 
     def forward(self, stream: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden, modulation, time, text, image, rope, grid = stream
-        hidden = self.run(self.block, hidden, thaw(modulation), thaw(text), thaw(image), thaw(rope))
-        return hidden, modulation, time, text, image, rope, grid
+        hidden, modulation, _, *context, rope, _ = stream
+        hidden = self.run(self.block, hidden, *map(thaw, (modulation, rope, *context)))
+        return hidden, *stream[1:]
 
 
 class HeadLayer(PipelineLayer):
@@ -204,7 +205,7 @@ class HeadLayer(PipelineLayer):
         self.patch_size = model.config.patch_size
 
     def forward(self, stream: tuple[Tensor, ...]) -> Tensor:
-        hidden, _, time, _, _, _, grid = stream
+        hidden, _, time, *_, grid = stream
         frames, height, width = grid.tolist()
         pt, ph, pw = self.patch_size
         return rearrange(
@@ -215,7 +216,7 @@ class HeadLayer(PipelineLayer):
 
 
 class WanTransformer(nn.Module):
-    """Wan2.1-I2V: predicts the flow-matching velocity of 36-channel conditioned latents."""
+    """Wan-I2V: predicts the flow-matching velocity of 36-channel conditioned latents."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -229,7 +230,8 @@ class WanTransformer(nn.Module):
             Float32Linear(config.freq_dim, dim), nn.SiLU(), Float32Linear(dim, dim)
         )
         self.time_projection = nn.Sequential(nn.SiLU(), Float32Linear(dim, dim * 6))
-        self.img_emb = ImageProjection(config)
+        if config.image_dim is not None:
+            self.img_emb = ImageProjection(config.image_dim, dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
 
@@ -238,7 +240,7 @@ class WanTransformer(nn.Module):
         blocks = (BlockLayer(block, index) for index, block in enumerate(self.blocks))
         return list(chain([EmbedLayer(self)], blocks, [HeadLayer(self)]))
 
-    def forward(self, noisy: Tensor, timestep: Tensor, y: Tensor, text: Tensor, image: Tensor) -> Tensor:
+    def forward(self, noisy: Tensor, timestep: Tensor, y: Tensor, text: Tensor, *image: Tensor) -> Tensor:
         """Velocity of noisy latents.
 
         Args:
@@ -246,13 +248,13 @@ class WanTransformer(nn.Module):
             timestep: (B,) in 0..1000.
             y: (B, 20, T, h, w) conditioning: 4 mask channels (1 = preserve), 16 condition latents.
             text: (B, L, text_dim) text features, trimmed or zero-padded; padded here to `text_len`.
-            image: (B, I, image_dim) image features.
+            image: (B, I, image_dim) image features, if the model reads an image.
 
         Returns:
             fp32 (B, 16, T, h, w).
         """
         text = F.pad(text, (0, 0, 0, self.config.text_len - text.shape[1]))
-        stream: tuple[Tensor, ...] | Tensor = (noisy, timestep, y, text, image)
+        stream: tuple[Tensor, ...] | Tensor = (noisy, timestep, y, text, *image)
         for layer in self.layers():
             stream = layer(stream)
         return stream

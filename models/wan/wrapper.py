@@ -1,6 +1,7 @@
-"""Wan2.1-I2V as released, behind the interface of every image-to-video model.
+"""Wan2.1-I2V and Wan2.2-I2V-A14B as released, behind the interface of every image-to-video model.
 
-Reference for the conditioning: Wan-Video/Wan2.1 `wan/image2video.py`.
+Reference for the conditioning: Wan-Video/Wan2.1 `wan/image2video.py`. Wan2.2's is the same but for the image features, which
+it does not read.
 Axes: F pixel frames, H W pixels, T latent frames, h w latent cells, L text tokens, I image tokens.
 """
 
@@ -20,28 +21,31 @@ from models.wan.transformer import WanTransformer
 
 
 class WanI2V(I2VModel):
-    """Wan2.1-I2V, conditioned on its first frame."""
+    """Wan-I2V, conditioned on its first frame; of Wan2.2 one of the two experts."""
 
     family = "wan"
     lora_names = LORA
     lora_targets = r"blocks\.\d+\.(self_attn\.[qkvo]|cross_attn\.[qkvo]|ffn\.[02])"
-    condition_names = ("y", "text", "image")
     kept_in_fp32 = ("norm", "modulation")
     large_linears = r"blocks\.\d+\.(self_attn\.[qkvo]|cross_attn\.([qkvo]|k_img|v_img)|ffn\.[02])"
     trained_fps, trained_frames = 16, 81
     geometry = Geometry()
     checkpoint: WanCheckpoint
 
+    @property
+    def condition_names(self) -> tuple[str, ...]:
+        return ("y", "text", "image") if self.checkpoint.config.reads_image else ("y", "text")
+
     def describe(self) -> dict[str, Any]:
-        config = self.checkpoint.config
+        config, expert = self.checkpoint.config, self.checkpoint.expert
         return {
-            "family": self.family, "variant": f"wan2.1-{config.model_type}", "dim": config.dim,
+            "family": self.family, "variant": config.variant, "dim": config.dim,
             "layers": config.num_layers, "ffn_dim": config.ffn_dim, "in_dim": config.in_dim,
-        }
+        } | ({"expert": expert} if expert else {})
 
     @property
     def loaders(self) -> dict[str, Callable[[torch.device], Any]]:
-        return super().loaders | {"image": self.checkpoint.load_image_encoder}
+        return super().loaders | ({"image": self.checkpoint.load_image_encoder} if self.checkpoint.config.reads_image else {})
 
     def encode_prompt(self, prompt: str, reference: Tensor) -> dict[str, Tensor]:
         """`text` (text_len, text_dim): the prompt's features, zero-padded and not masked, as the original does."""
@@ -51,13 +55,12 @@ class WanI2V(I2VModel):
     def encode_condition(
         self, video: Tensor, mask: Tensor, reference: Tensor, prompt: str
     ) -> dict[str, Tensor]:
-        """`y` (20, T, h, w): 4 mask channels, then 16 condition latents; `image` (I, image_dim); `text`."""
+        """`y` (20, T, h, w): 4 mask channels, then 16 condition latents; `text`; of Wan2.1 `image` (I, image_dim)."""
         known, channels = self.known_region(video, mask)
-        return {
-            "y": torch.cat([channels, self.encode_video(known)]),
-            "image": self.run_encoder("image", lambda encoder: encoder.encode(reference).cpu()),
-            **self.encode_prompt(prompt, reference),
-        }
+        condition = {"y": torch.cat([channels, self.encode_video(known)])}
+        if self.checkpoint.config.reads_image:
+            condition["image"] = self.run_encoder("image", lambda encoder: encoder.encode(reference).cpu())
+        return condition | self.encode_prompt(prompt, reference)
 
     def known_region(self, video: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         _, frames, height, width = self.geometry.latent_shape(*video.shape[1:])

@@ -23,8 +23,8 @@ def said(path):
 def test_a_checkpoint(tmp_path, layout):
     write_random_checkpoint(tmp_path, layout=layout, dtype=torch.bfloat16)
     text = said(tmp_path)
-    for words in (f"wan transformer, i2v, {layout} names", "dim 96", "num_layers 4", "bfloat16 100.0%", "complete    yes",
-                  "scales      none", "text encoder"):
+    for words in (f"wan transformer, wan2.1-i2v, {layout} names", "dim 96", "num_layers 4", "bfloat16 100.0%",
+                  "complete    yes", "scales      none", "text encoder"):
         assert words in text
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import strips
+from models.wan.random_weights import tiny_config, write_random_checkpoint
+from tests.conftest import strips, write_edit_folder
 
 ROOT = Path(__file__).parents[2]
 TWO_SAMPLES = "gradient_accumulation_steps=2"
@@ -70,6 +71,16 @@ def test_two_pipeline_stages_equal_one_process(edit_folder, optimizer):
     first, second = numbers(edit_folder.metrics(0)), numbers(edit_folder.metrics(1))
     assert len(first) >= 12
     assert_close(first, second, 1e-6)
+
+
+@pytest.mark.slow
+def test_two_pipeline_stages_of_an_expert_equal_one_process(tmp_path):
+    """Wan2.2's stream has one constant fewer: no image crosses the boundary."""
+    write_random_checkpoint(tmp_path / "wan22", tiny_config("wan2.2"))
+    folder = write_edit_folder(tmp_path, "wan", tmp_path / "wan22")
+    launch(folder, TWO_SAMPLES, "model.expert=high")
+    launch(folder, TWO_SAMPLES, "model.expert=high", "pipeline_stages=2", processes=2)
+    assert_close(numbers(folder.metrics(0)), numbers(folder.metrics(1)), 1e-6)
 
 
 @pytest.mark.slow
