@@ -34,6 +34,11 @@ class Settings(BaseModel):
 S = TypeVar("S", bound=Settings)
 
 
+def chosen(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that have a value: one that is None decides nothing, also where records are older than its key."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Parse a TOML file; a missing or malformed file is a `UserError` that names it."""
     try:

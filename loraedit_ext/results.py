@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from common.files import hash_file, write_json_atomic
+from common.settings import chosen
 from dataset.images import write_png
 from dataset.job import EditJob
 from dataset.video_writer import write_images, write_lossless, write_mp4
@@ -52,14 +53,14 @@ def folder_beside(job: EditJob, config: RunConfig, adapter: LoraFile) -> Path:
 def _made_from(record: dict[str, Any]) -> list[Any]:
     """What of an edited.json decides the result."""
     config = record["config"]
-    return [record["job"], record["lora"]["sha256"], *(config[key] for key in ("edit", "model", "mask_rule"))]
+    return [record["job"], record["lora"]["sha256"], chosen(config["edit"]), chosen(config["model"]), config["mask_rule"]]
 
 
 def _made_as_recorded(path: Path) -> list[Any] | None:
     """The same of an edited.json on disk; None, which equals no other, if it is none."""
     try:
         return _made_from(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

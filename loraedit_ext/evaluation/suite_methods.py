@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from common.files import write_text_atomic
+from common.settings import chosen
 from loraedit_ext import launch, lora, regimes
 from loraedit_ext import run as runs
 from loraedit_ext.config import RunConfig, StageSettings, load_config
@@ -210,10 +211,9 @@ def settings_of(method: Method, config: RunConfig) -> dict[str, Any]:
     if not method.learned:
         return facts
     resolved = config.model_dump(mode="json")
-    facts["model"] = {key: value for key, value in resolved["model"].items() if not key.endswith("_path")}
+    facts["model"] = {key: value for key, value in chosen(resolved["model"]).items() if not key.endswith("_path")}
+    resolved["edit"] = chosen(resolved["edit"])
     resolved["edit"].pop("size")  # the suite judges what the model made, whatever becomes of it
-    if resolved["edit"]["clip_frames"] is None:  # as results from before there were pieces have it
-        resolved["edit"].pop("clip_frames")
     wanted = ["edit", "seed", "mask_rule"]
     if method.training:
         wanted += ["adapter", "optimizer", "stage", "micro_batch_size_per_gpu", "gradient_accumulation_steps",

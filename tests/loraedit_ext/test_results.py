@@ -231,6 +231,11 @@ def test_a_result_of_other_settings_is_not_written_over(folder):
     assert edit("edit.source_guidance=2") == "edit_3"
     assert edit("edit.seed=43") == "edit_2"
     assert edit("optimizer.lr=1") == "edit", "training alone"
+    record = json.loads((folder / "step2/edit/edited.json").read_text())
+    for key in ("clip_frames", "boundary"):
+        del record["config"]["edit"][key]
+    (folder / "step2/edit/edited.json").write_text(json.dumps(record))
+    assert edit() == "edit", "its record is older than these keys, which are not set"
     adapter.path.write_bytes(b"other weights")
     assert edit() == "edit_4"
     job = load_job(folder / "job.toml", Grid(), {"edited_caption": "another"})
