@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from common.files import write_text_atomic
-from common.settings import chosen
 from loraedit_ext import launch, lora, regimes
 from loraedit_ext import run as runs
 from loraedit_ext.config import RunConfig, StageSettings, load_config
@@ -66,6 +65,8 @@ METHODS = {method.key: method for method in (
     Method("appearance_guided", "motion + appearance, source guidance", "appearance", "motion", guided=True),
 )}  # fmt: skip
 """In the order of table and work: `vae` warms up what the first edit would be charged for. Cases as in the paper's figure 2."""
+LATER = ("clip_frames", "expert", "other_lora", "other_transformer_path", "boundary")
+"""Optional keys of [model] and [edit] that came after the committed results."""
 DEFAULT_METHODS = tuple(key for key, method in METHODS.items() if not method.long)
 
 PASTES: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
@@ -211,11 +212,16 @@ def settings_of(method: Method, config: RunConfig) -> dict[str, Any]:
     if not method.learned:
         return facts
     resolved = config.model_dump(mode="json")
-    facts["model"] = {key: value for key, value in chosen(resolved["model"]).items() if not key.endswith("_path")}
-    resolved["edit"] = chosen(resolved["edit"])
+    facts["model"] = {key: value for key, value in _as_before(resolved["model"]).items() if not key.endswith("_path")}
+    resolved["edit"] = _as_before(resolved["edit"])
     resolved["edit"].pop("size")  # the suite judges what the model made, whatever becomes of it
     wanted = ["edit", "seed", "mask_rule"]
     if method.training:
         wanted += ["adapter", "optimizer", "stage", "micro_batch_size_per_gpu", "gradient_accumulation_steps",
                    "gradient_clipping", "warmup_steps", "lr_scheduler", "save_dtype"]  # fmt: skip
     return facts | {key: resolved[key] for key in wanted}
+
+
+def _as_before(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without the keys that results in the repository are older than, where these have no value: they decide nothing then."""
+    return {key: value for key, value in settings.items() if key not in LATER or value is not None}
