@@ -53,7 +53,9 @@ def test_a_new_setting_of_what_is_written_makes_no_committed_result_stale(tmp_pa
     for line in Path("benchmarks/scenes.jsonl").read_text().splitlines():
         there = json.loads(line)["settings"]
         if METHODS[there["method"]].learned:
-            assert settings_of(METHODS[there["method"]], config)["edit"].keys() == there["edit"].keys()
+            now = settings_of(METHODS[there["method"]], config)
+            assert now["edit"].keys() == there["edit"].keys()
+            assert now["model"].keys() == there["model"].keys()
 
 
 def test_the_lists_have_the_promised_size_and_mix() -> None:
