@@ -80,12 +80,10 @@ def edit_all(job: EditJob, planned: Sequence[range], generate: Generate) -> np.n
     """
     marked = (~regimes.preserve_mask(job)).flatten(1).any(1)
     made = regimes.with_first_edit(job)
-    first = made[0].copy()
     for number, span in enumerate(planned):
         if len(planned) > 1 and not marked[span.start + 1 : span.stop].any():
             continue
-        piece = regimes.continuing(job, span, made[span.start]) if number else regimes.Piece(span, first)
-        frames = generate(piece, f"{number + 1} of {len(planned)}")
+        frames = generate(regimes.continuing(job, span, made[span.start]), f"{number + 1} of {len(planned)}")
         keeps = int(number > 0)  # the shared frame stays as the piece before made it
         made[span.start + keeps : span.stop] = frames[keeps:]
     return made

@@ -62,8 +62,8 @@ def prompt(job: EditJob, caption: str) -> str:
     return f"{job.trigger} {caption}".strip()
 
 
-def with_first_edit(job: EditJob) -> np.ndarray:
-    """The source with the edited first frame in place of frame 0, uint8 (F, H, W, 3).
+def first_picture(job: EditJob) -> np.ndarray:
+    """What counts of the edited first frame, uint8 (H, W, 3).
 
     Raises:
         UserError: the job has no edited first frame.
@@ -74,7 +74,16 @@ def with_first_edit(job: EditJob) -> np.ndarray:
             f"job {job.name}: no edited first frame, and without one there is nothing to propagate. "
             "Add [[edited_frame]] with frame = 0 and image = \"...\"."
         )
-    return np.concatenate([edited_picture(job, first)[None], job.frames[1:]])
+    return edited_picture(job, first)
+
+
+def with_first_edit(job: EditJob) -> np.ndarray:
+    """The source with the edited first frame in place of frame 0, uint8 (F, H, W, 3).
+
+    Raises:
+        UserError: the job has no edited first frame.
+    """
+    return np.concatenate([first_picture(job)[None], job.frames[1:]])
 
 
 def edited_picture(job: EditJob, edited: EditedFrame) -> np.ndarray:
@@ -155,11 +164,11 @@ def whole_clip(job: EditJob) -> Piece:
     Raises:
         UserError: the job has no edited first frame.
     """
-    return Piece(range(len(job.frames)), with_first_edit(job)[0])
+    return Piece(range(len(job.frames)), first_picture(job))
 
 
 def continuing(job: EditJob, span: range, made: np.ndarray) -> Piece:
-    """A later piece. It begins with the edited picture of its first frame if there is one, else with what was made of it.
+    """A piece that begins with the edited picture of its first frame if there is one, else with what was made of it.
 
     Args:
         made: uint8 (H, W, 3), what the piece before generated there; with `keep_outside` its region alone counts.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -90,7 +89,7 @@ def finished_at_source_size(job: EditJob, generated: np.ndarray, settings: EditS
     whole = at_source_size(job)
     preserve = regimes.preserve_mask(whole).numpy()
     preserve[0] &= whole.first_edit.enlarged  # a picture of this size is taken as it was given
-    first = regimes.with_first_edit(replace(whole, frames=whole.frames[:1]))[0]
+    first = regimes.first_picture(whole)
     for index, frame in enumerate(stepping(whole.frames, "compositing")):
         made = job.fit.laid_over(frame, generated[index]) if index else first
         frame[:] = blended(frame, made, preserve[index], settings.feather)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-STRIDE = 8
+from models.wan.encoders import WanVAE
+
+STRIDE = WanVAE.spatial_factor
 """Pixels along each side of a latent."""
 _BEFORE, _BEHIND = 1, 2
 """Latents that the interpolation needs around, along each axis."""
