@@ -286,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=Setup.lr)
     given = parser.parse_args(arguments)
     loop.limit_threads("cpu")
-    base = Options(out=given.out / "base", steps=given.base_steps, latents=given.latents, batch=given.base_batch,
+    base = Options(out=given.out / "base", steps=given.base_steps, latents=(given.latents,), batch=given.base_batch,
                    compile=given.compile)  # fmt: skip
     loop.run(HunyuanTraining(base))
     tasks = [task for name in given.tasks for task in chosen(name)]

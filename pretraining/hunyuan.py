@@ -128,9 +128,10 @@ class HunyuanTraining(TransformerTraining):
 
 def main() -> None:
     parser = loop.parser(__doc__, loop.Options(Path(), steps=4000, lr=2e-3))
-    parser.add_argument("--latents", type=Path, required=True, help="folder of encoded clips (pretraining.latents)")
+    parser.add_argument("--latents", type=Path, nargs="+", required=True, help="folders of encoded clips (pretraining.latents)")
     parser.add_argument("--batch", type=int, default=Options.batch)
-    options = Options(**vars(parser.parse_args()))
+    given = vars(parser.parse_args())
+    options = Options(**given | {"latents": tuple(given["latents"])})
     loop.limit_threads(options.device, options.threads)
     loop.run(HunyuanTraining(options))
 

@@ -55,6 +55,11 @@ class LatentPool:
     def __len__(self) -> int:
         return len(self.video)
 
+    @property
+    def area(self) -> int:
+        """Latents of a latent frame."""
+        return self.video.shape[-2] * self.video.shape[-1]
+
     def take(self, indices: Tensor) -> LatentPool:
         return LatentPool(*(part[indices].float() for part in vars(self).values()))
 

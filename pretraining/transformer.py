@@ -1,7 +1,7 @@
-"""Trains the tiny transformer: `python -m pretraining.transformer --latents DIR --out DIR [--steps N] [--minutes M]`.
+"""Trains the tiny transformer: `python -m pretraining.transformer --latents DIR ... --out DIR [--steps N] [--minutes M]`.
 
 Plain first-frame image-to-video by flow matching, as the released models were trained: the mask is 1 on frame 0 only.
-Run again to resume; shards that appear in the latents' folder meanwhile are taken up.
+Clips of several sizes, a folder each, are trained on in turns. Run again to resume; shards that appear meanwhile are taken up.
 """
 
 from __future__ import annotations
@@ -108,14 +108,14 @@ class Options(loop.Options):
     """A transformer run.
 
     Attributes:
-        latents: folder of shards that `pretraining.latents` fills.
-        batch: clips a step.
+        latents: folders of shards that `pretraining.latents` fills; each step draws from one of them.
+        batch: clips of the first folder's size a step; of larger ones as many fewer.
         start: weights to begin from instead of fresh ones; a smaller model's are grown.
         vae: weigh the error in each latent channel by what this VAE's decoder makes of it; None: all alike.
         windows: share of the steps that see windows of half the height and width, out of four times as many clips.
     """
 
-    latents: Path = Path()
+    latents: tuple[Path, ...] = ()
     batch: int = 16
     start: Path | None = None
     vae: Path | None = None
@@ -136,10 +136,10 @@ class TransformerTraining(loop.Training):
         if options.start:
             start = torch.load(options.start, weights_only=True, map_location="cpu")
             model.load_state_dict(grown(start, model.config))
-        self.known: set[str] = set()
+        self.known: list[set[str]] = [set() for _ in self.latents]
         self.average = copy.deepcopy(model).requires_grad_(False).to(options.device)
         self.silence = Conditioner().text("")
-        self.validation, self.pool = self._first_shards()
+        self.validations, self.pools = zip(*map(_first_shards, self.latents, self.known), strict=True)
         self.channel_weights = self._channel_weights(options)
         super().__init__(options, model, decay=0.01)
 
@@ -155,19 +155,10 @@ class TransformerTraining(loop.Training):
         """Velocity (clips, 16, T, h, w) of noisy latents, conditioned as released."""
         return velocity(model, noisy, t * TIMESTEPS, conditioning(clips.condition), clips.text, clips.image, compute)
 
-    def _first_shards(self) -> tuple[LatentPool, LatentPool]:
-        shards = load_shards(self.latents, self.known)
-        if len(shards) < 2:
-            raise UserError(
-                f"{self.latents}: {len(shards)} shards of latents; expected two or more (the first is for validation). "
-                "Run `python -m pretraining.latents` first."
-            )
-        return shards[0], shards[1].joined(shards[2:])
-
     def _channel_weights(self, options: Options) -> Tensor | None:
         if options.vae is None:
             return None
-        size = self.validation.video.shape[-1] * WanVAE.spatial_factor
+        size = self.validations[0].video.shape[-1] * WanVAE.spatial_factor
         return channel_weights(load_vae(options.vae, options.device), size)
 
     def weights(self) -> dict[str, dict[str, Any]]:
@@ -181,8 +172,8 @@ class TransformerTraining(loop.Training):
         self.average.load_state_dict(state["average"])
 
     def loss(self) -> tuple[Tensor, dict[str, float]]:
-        if self.step % _LOOK_EVERY == 0 and (fresh := load_shards(self.latents, self.known)):
-            self.pool = self.pool.joined(fresh)
+        if self.step % _LOOK_EVERY == 0:
+            self.pools = tuple(map(_with_fresh_shards, self.pools, self.latents, self.known))
         noise = self.generator()
         clips = self._clips(noise)
         t = flow.apply_shift(torch.sigmoid(torch.randn(len(clips), generator=noise)), SHIFT)
@@ -190,13 +181,15 @@ class TransformerTraining(loop.Training):
         clips.text[silent] = self.silence
         pair = self._velocities(self.model, clips, t, torch.randn(clips.video.shape, generator=noise), self.compiled)
         value = flow.loss(*pair, self.channel_weights)
-        return value, {"loss": value.item(), "clips": len(self.pool)}
+        return value, {"loss": value.item(), "clips": sum(map(len, self.pools))}
 
     def _clips(self, noise: torch.Generator) -> LatentPool:
-        """The step's batch, whole clips or windows."""
+        """The step's batch, whole clips or windows, of one size."""
         small = self.windows > 0 and torch.rand((), generator=noise).item() < self.windows
-        count = 4 * self.batch if small else self.batch
-        clips = self.pool.take(torch.randint(len(self.pool), (count,), generator=noise))
+        pool = self.pools[int(torch.randint(len(self.pools), (), generator=noise))] if len(self.pools) > 1 else self.pools[0]
+        full = 4 * self.batch if small else self.batch
+        count = max(1, round(full * self.pools[0].area / pool.area))
+        clips = pool.take(torch.randint(len(pool), (count,), generator=noise))
         return clips.windows(noise) if small else clips
 
     def _velocities(
@@ -216,14 +209,22 @@ class TransformerTraining(loop.Training):
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - keep)
 
-    @torch.no_grad()
     def evaluate(self, final: bool) -> dict[str, float]:
-        """Loss of the averaged weights on clips that are never trained on, at fixed noise levels and noise.
+        """Losses on each folder's clips that are never trained on; from the second on their names end in its number."""
+        found: dict[str, float] = {}
+        for number, clips in enumerate(self.validations, 1):
+            suffix = f"_{number}" if number > 1 else ""
+            found |= {f"{name}{suffix}": value for name, value in self._losses(clips).items()}
+        return found
+
+    @torch.no_grad()
+    def _losses(self, held_out: LatentPool) -> dict[str, float]:
+        """Loss of the averaged weights at fixed noise levels and noise.
 
         `validation` weighs all channels alike, so that runs can be compared; `weighted` as in training.
         """
         generator = torch.Generator().manual_seed(5)
-        clips = self.validation.take(torch.arange(len(self.validation)))
+        clips = held_out.take(torch.arange(len(held_out)))
         t = flow.apply_shift(torch.linspace(0.02, 0.98, len(clips)), SHIFT)
         noise = torch.randn(clips.video.shape, generator=generator)
         pair = self._velocities(self.average, clips, t, noise, self.compute)
@@ -233,15 +234,33 @@ class TransformerTraining(loop.Training):
         return {name: round(value.item(), 4) for name, value in found.items()}
 
 
+def _first_shards(folder: Path, known: set[str]) -> tuple[LatentPool, LatentPool]:
+    """What of a folder is for validation, and what to train on to begin with."""
+    shards = load_shards(folder, known)
+    if len(shards) < 2:
+        raise UserError(
+            f"{folder}: {len(shards)} shards of latents; expected two or more (the first is for validation). "
+            "Run `python -m pretraining.latents` first."
+        )
+    return shards[0], shards[1].joined(shards[2:])
+
+
+def _with_fresh_shards(pool: LatentPool, folder: Path, known: set[str]) -> LatentPool:
+    fresh = load_shards(folder, known)
+    return pool.joined(fresh) if fresh else pool
+
+
 def main() -> None:
     parser = loop.parser(__doc__, loop.Options(Path(), steps=12000, lr=2e-3))
-    parser.add_argument("--latents", type=Path, required=True, help="folder of encoded clips")
+    parser.add_argument("--latents", type=Path, nargs="+", required=True,
+                        help="folders of encoded clips, each of one size; steps draw from one of them")
     parser.add_argument("--batch", type=int, default=Options.batch)
     parser.add_argument("--start", type=Path, help="weights to begin from (pretraining.export --unpack)")
     parser.add_argument("--vae", type=Path, help="weigh latent channels by their part in this VAE's pictures")
     parser.add_argument("--windows", type=float, default=Options.windows,
                         help="share of the steps on windows of half the size, four times as many a step")
-    options = Options(**vars(parser.parse_args()))
+    given = vars(parser.parse_args())
+    options = Options(**given | {"latents": tuple(given["latents"])})
     loop.limit_threads(options.device, options.threads)
     loop.run(TransformerTraining(options))
 

@@ -180,20 +180,23 @@ def test_training_forward_equals_the_models_and_reaches_every_parameter() -> Non
     assert not idle
 
 
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory, start: vae.AutoencoderKLWan) -> Path:
-    folder = tmp_path_factory.mktemp("latents")
+def make_pool(folder: Path, start: vae.AutoencoderKLWan, size: int) -> Path:
     conditioner = Conditioner()
 
     def encode(scenes: list) -> latents.LatentPool:
-        return latents.encode_scenes(start, conditioner, scenes[:4], latents.FUTURES, size=64)
+        return latents.encode_scenes(start, conditioner, scenes[:4], latents.FUTURES, size=size)
 
     latents.fill(folder, encode, shards=range(2), minutes=None)
     return folder
 
 
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory, start: vae.AutoencoderKLWan) -> Path:
+    return make_pool(tmp_path_factory.mktemp("latents"), start, 64)
+
+
 def options(pool: Path, out: Path, steps: int) -> transformer.Options:
-    return transformer.Options(out=out, steps=steps, latents=pool, batch=2, windows=0.5)
+    return transformer.Options(out=out, steps=steps, latents=(pool,), batch=2, windows=0.5)
 
 
 def test_windows_are_cut_alike_out_of_clip_and_condition_on_the_grid_of_tokens() -> None:
@@ -411,6 +414,19 @@ def test_loss_by_level_tells_objects_from_the_rest() -> None:
             assert all(whole < value < 1 for value in found["object_loss_by_level"])
         else:
             assert found["object_loss_by_level"] == pytest.approx([objects] * len(evaluate.LEVELS), abs=2e-4)
+
+
+def test_steps_draw_from_folders_of_several_sizes_fewer_clips_of_the_larger(
+    start: vae.AutoencoderKLWan, pool: Path, tmp_path: Path
+) -> None:
+    large = make_pool(tmp_path / "large", start, 96)
+    both = replace(options(pool, tmp_path, 1), latents=(pool, large), batch=9)
+    training = transformer.TransformerTraining(both)
+    drawn = {(clips.video.shape[-1], len(clips)) for seed in range(40)
+             if (clips := training._clips(torch.Generator().manual_seed(seed)))}  # fmt: skip
+    assert drawn == {(8, 9), (4, 36), (12, 4), (6, 16)}
+    assert training.train_step()["clips"] == 8
+    assert set(training.evaluate(final=True)) == {"validation", "validation_2"}
 
 
 def test_an_empty_pool_is_explained(tmp_path: Path) -> None:
