@@ -130,8 +130,7 @@ def main() -> None:
     parser = loop.parser(__doc__, loop.Options(Path(), steps=4000, lr=2e-3))
     parser.add_argument("--latents", type=Path, nargs="+", required=True, help="folders of encoded clips (pretraining.latents)")
     parser.add_argument("--batch", type=int, default=Options.batch)
-    given = vars(parser.parse_args())
-    options = Options(**given | {"latents": tuple(given["latents"])})
+    options = Options(**vars(parser.parse_args()))
     loop.limit_threads(options.device, options.threads)
     loop.run(HunyuanTraining(options))
 

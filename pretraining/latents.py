@@ -182,6 +182,31 @@ def load_shards(folder: Path, known: set[str]) -> list[LatentPool]:
     return [_shard(path) for path in fresh]
 
 
+class PoolFolder:
+    """The clips of a folder of shards: the first shard's for validation, all others to train on.
+
+    Raises:
+        UserError: fewer than two shards.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._known: set[str] = set()
+        shards = load_shards(folder, self._known)
+        if len(shards) < 2:
+            raise UserError(
+                f"{folder}: {len(shards)} shards of latents; expected two or more (the first is for validation). "
+                "Run `python -m pretraining.latents` first."
+            )
+        self.validation = shards[0]
+        self.training = shards[1].joined(shards[2:])
+
+    def take_up(self) -> None:
+        """Train on the shards that have appeared meanwhile, too."""
+        if fresh := load_shards(self.folder, self._known):
+            self.training = self.training.joined(fresh)
+
+
 def _shard(path: Path) -> LatentPool:
     tensors = load_file(path)
     expected = {field.name for field in fields(LatentPool)}

@@ -1,13 +1,14 @@
 """Trains the tiny transformer: `python -m pretraining.transformer --latents DIR ... --out DIR [--steps N] [--minutes M]`.
 
 Plain first-frame image-to-video by flow matching, as the released models were trained: the mask is 1 on frame 0 only.
-Clips of several sizes, a folder each, are trained on in turns. Run again to resume; shards that appear meanwhile are taken up.
+Clips of several sizes lie in a folder each, and a step sees those of one. Run again to resume; shards that appear meanwhile
+are taken up.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common.errors import UserError
 from loraedit_ext import flow
 from models.base import TIMESTEPS
 from models.layers import sinusoid
@@ -27,7 +27,7 @@ from models.wan.transformer import EmbedLayer, WanTransformer
 from pretraining import encoders, loop
 from pretraining.conditioning import Conditioner
 from pretraining.grow import grown
-from pretraining.latents import LatentPool, load_shards
+from pretraining.latents import LatentPool, PoolFolder
 from pretraining.sensitivity import channel_weights
 from pretraining.vae import load_vae
 
@@ -115,7 +115,7 @@ class Options(loop.Options):
         windows: share of the steps that see windows of half the height and width, out of four times as many clips.
     """
 
-    latents: tuple[Path, ...] = ()
+    latents: Sequence[Path] = ()
     batch: int = 16
     start: Path | None = None
     vae: Path | None = None
@@ -130,16 +130,15 @@ class TransformerTraining(loop.Training):
     """What torch.compile gets to see of `predict`."""
 
     def __init__(self, options: Options) -> None:
-        self.latents, self.batch, self.windows = options.latents, options.batch, options.windows
+        self.batch, self.windows = options.batch, options.windows
         self.compiled = torch.compile(self.compute, dynamic=False) if options.compile else self.compute
         model = self.fresh(options)
         if options.start:
             start = torch.load(options.start, weights_only=True, map_location="cpu")
             model.load_state_dict(grown(start, model.config))
-        self.known: list[set[str]] = [set() for _ in self.latents]
         self.average = copy.deepcopy(model).requires_grad_(False).to(options.device)
         self.silence = Conditioner().text("")
-        self.validations, self.pools = zip(*map(_first_shards, self.latents, self.known), strict=True)
+        self.folders = [PoolFolder(folder) for folder in options.latents]
         self.channel_weights = self._channel_weights(options)
         super().__init__(options, model, decay=0.01)
 
@@ -158,7 +157,7 @@ class TransformerTraining(loop.Training):
     def _channel_weights(self, options: Options) -> Tensor | None:
         if options.vae is None:
             return None
-        size = self.validations[0].video.shape[-1] * WanVAE.spatial_factor
+        size = self.folders[0].validation.video.shape[-1] * WanVAE.spatial_factor
         return channel_weights(load_vae(options.vae, options.device), size)
 
     def weights(self) -> dict[str, dict[str, Any]]:
@@ -173,7 +172,8 @@ class TransformerTraining(loop.Training):
 
     def loss(self) -> tuple[Tensor, dict[str, float]]:
         if self.step % _LOOK_EVERY == 0:
-            self.pools = tuple(map(_with_fresh_shards, self.pools, self.latents, self.known))
+            for folder in self.folders:
+                folder.take_up()
         noise = self.generator()
         clips = self._clips(noise)
         t = flow.apply_shift(torch.sigmoid(torch.randn(len(clips), generator=noise)), SHIFT)
@@ -181,14 +181,15 @@ class TransformerTraining(loop.Training):
         clips.text[silent] = self.silence
         pair = self._velocities(self.model, clips, t, torch.randn(clips.video.shape, generator=noise), self.compiled)
         value = flow.loss(*pair, self.channel_weights)
-        return value, {"loss": value.item(), "clips": sum(map(len, self.pools))}
+        return value, {"loss": value.item(), "clips": sum(len(folder.training) for folder in self.folders)}
 
     def _clips(self, noise: torch.Generator) -> LatentPool:
         """The step's batch, whole clips or windows, of one size."""
         small = self.windows > 0 and torch.rand((), generator=noise).item() < self.windows
-        pool = self.pools[int(torch.randint(len(self.pools), (), generator=noise))] if len(self.pools) > 1 else self.pools[0]
+        pools = [folder.training for folder in self.folders]
+        pool = pools[int(torch.randint(len(pools), (), generator=noise))] if len(pools) > 1 else pools[0]
         full = 4 * self.batch if small else self.batch
-        count = max(1, round(full * self.pools[0].area / pool.area))
+        count = max(1, round(full * pools[0].area / pool.area))
         clips = pool.take(torch.randint(len(pool), (count,), generator=noise))
         return clips.windows(noise) if small else clips
 
@@ -212,9 +213,9 @@ class TransformerTraining(loop.Training):
     def evaluate(self, final: bool) -> dict[str, float]:
         """Losses on each folder's clips that are never trained on; from the second on their names end in its number."""
         found: dict[str, float] = {}
-        for number, clips in enumerate(self.validations, 1):
+        for number, folder in enumerate(self.folders, 1):
             suffix = f"_{number}" if number > 1 else ""
-            found |= {f"{name}{suffix}": value for name, value in self._losses(clips).items()}
+            found |= {f"{name}{suffix}": value for name, value in self._losses(folder.validation).items()}
         return found
 
     @torch.no_grad()
@@ -234,22 +235,6 @@ class TransformerTraining(loop.Training):
         return {name: round(value.item(), 4) for name, value in found.items()}
 
 
-def _first_shards(folder: Path, known: set[str]) -> tuple[LatentPool, LatentPool]:
-    """What of a folder is for validation, and what to train on to begin with."""
-    shards = load_shards(folder, known)
-    if len(shards) < 2:
-        raise UserError(
-            f"{folder}: {len(shards)} shards of latents; expected two or more (the first is for validation). "
-            "Run `python -m pretraining.latents` first."
-        )
-    return shards[0], shards[1].joined(shards[2:])
-
-
-def _with_fresh_shards(pool: LatentPool, folder: Path, known: set[str]) -> LatentPool:
-    fresh = load_shards(folder, known)
-    return pool.joined(fresh) if fresh else pool
-
-
 def main() -> None:
     parser = loop.parser(__doc__, loop.Options(Path(), steps=12000, lr=2e-3))
     parser.add_argument("--latents", type=Path, nargs="+", required=True,
@@ -259,8 +244,7 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, help="weigh latent channels by their part in this VAE's pictures")
     parser.add_argument("--windows", type=float, default=Options.windows,
                         help="share of the steps on windows of half the size, four times as many a step")
-    given = vars(parser.parse_args())
-    options = Options(**given | {"latents": tuple(given["latents"])})
+    options = Options(**vars(parser.parse_args()))
     loop.limit_threads(options.device, options.threads)
     loop.run(TransformerTraining(options))
 
