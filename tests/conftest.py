@@ -162,6 +162,16 @@ def tiny_wan(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_wan22(tmp_path_factory) -> Path:
+    """A random checkpoint with two experts in the original Wan2.2-I2V layout."""
+    from models.wan.random_weights import tiny_config, write_random_checkpoint
+
+    folder = tmp_path_factory.mktemp("wan22") / "checkpoint"
+    write_random_checkpoint(folder, tiny_config("wan2.2"))
+    return folder
+
+
 def write_hunyuan(folder: Path, variant: str) -> Path:
     from models.hunyuan.random_weights import tiny_config, write_random_checkpoint
 

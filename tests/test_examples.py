@@ -23,7 +23,7 @@ SMALL = ["edit.steps=2", "gradient_accumulation_steps=1", "pipeline_stages=1", "
 
 def test_every_job_is_used_by_an_example_run():
     jobs = set((ROOT / "examples").rglob("job*.toml"))
-    used = {(ROOT / run).parent / tomllib.loads((ROOT / run).read_text())["dataset"] for run in RUNS}
+    used = {((ROOT / run).parent / tomllib.loads((ROOT / run).read_text())["dataset"]).resolve() for run in RUNS}
     assert jobs == used
 
 
@@ -46,11 +46,12 @@ def examples(tmp_path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RUNS, ids=str)
-def test_the_example_runs(examples, tiny_wan, tiny_hunyuan, path):
+def test_the_example_runs(examples, tiny_wan, tiny_wan22, tiny_hunyuan, path):
     config_path = examples.parent / path
     values = tomllib.loads(config_path.read_text())
     stages = values.get("stage", [])
-    checkpoint = {"wan": tiny_wan, "hunyuan-video": tiny_hunyuan["token_replace"]}[values["model"]["type"]]
+    wan = tiny_wan22 if "expert" in values["model"] else tiny_wan
+    checkpoint = {"wan": wan, "hunyuan-video": tiny_hunyuan["token_replace"]}[values["model"]["type"]]
     swap = ["blocks_to_swap=2"] * ("blocks_to_swap" in values)  # the tiny model has four blocks
     overrides = [*SMALL, *swap, f"model.ckpt_path={checkpoint}", *(f"stage.{index}.steps=1" for index in range(len(stages)))]
     config = load_config(config_path, overrides)

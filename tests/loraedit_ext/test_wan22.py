@@ -33,14 +33,6 @@ from tests.conftest import write_edit_folder
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="session")
-def tiny_wan22(tmp_path_factory):
-    """A random checkpoint with two experts in the original Wan2.2-I2V layout."""
-    folder = tmp_path_factory.mktemp("wan22") / "checkpoint"
-    write_random_checkpoint(folder, tiny_config("wan2.2"))
-    return folder
-
-
 @pytest.fixture
 def folder(tmp_path, tiny_wan22):
     return write_edit_folder(tmp_path, "wan", tiny_wan22)
