@@ -19,7 +19,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.files import write_atomic, write_text_atomic
 from dataset.job import load_job
@@ -189,8 +188,8 @@ class Scene:
 
 
 def _forward(transformer: nn.Module, inputs: tuple[Tensor, ...], _number: int = 0) -> Tensor:
-    """The velocity as in pretraining: bf16 autocast, plain attention."""
-    with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel([SDPBackend.MATH]):
+    """The velocity as in pretraining: bf16 autocast."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
         stream: Any = inputs
         for layer in transformer.layers():
             stream = layer(stream)

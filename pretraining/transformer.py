@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loraedit_ext import flow
 from models.base import TIMESTEPS
@@ -199,9 +198,7 @@ class TransformerTraining(loop.Training):
         """Predicted and true."""
         clips = clips.to(self.options.device)
         x, eps, t = clips.video, noise.to(clips.video), t.to(clips.video)
-        # Torch's flash attention is the slowest on a CPU: its backward alone took half a step at 64 tokens.
-        backends = [SDPBackend.MATH] if x.device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-        with torch.autocast(x.device.type, dtype=torch.bfloat16), sdpa_kernel(backends):
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
             predicted = self.predict(model, flow.add_noise(x, eps, t), t, clips, compute)
         return predicted, flow.velocity(x, eps)
 

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.hunyuan import random_weights as hunyuan
 from models.hunyuan.transformer import HunyuanTransformer
-from models.layers import RMSNorm, freeze, thaw
+from models.layers import RMSNorm, _plain_is_faster, attention, freeze, thaw
 from models.wan import random_weights as wan
 from models.wan.transformer import WanTransformer
 
@@ -87,3 +87,28 @@ def test_the_rms_norm_keeps_bf16_under_a_gpus_autocast():
         norm, x = RMSNorm(8, 1e-6), torch.empty(2, 3, 8, dtype=torch.bfloat16)
     assert torch.nn.functional.rms_norm(x, (8,)).dtype == torch.float32  # the autocast is on
     assert norm(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("keys", [9, 4])
+def test_plain_attention_is_torchs_and_so_are_its_gradients(keys):
+    """bf16 on a CPU goes another way; against fp32 through torch's own. Bounds: bf16's rounding, 2^-8 of a value."""
+    random = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, count, 3, 8, generator=random) for count in (9, keys, keys)]
+    upstream = torch.randn(2, 9, 24, generator=random)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = (part.to(dtype).detach().requires_grad_() for part in inputs)
+        out = attention(q, k, v)
+        assert (out.dtype, out.shape) == (dtype, (2, 9, 24))
+        out.backward(upstream.to(dtype))
+        results.append([out, q.grad, k.grad, v.grad])
+    for exact, rounded in zip(*results, strict=True):
+        assert (rounded.float() - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+def test_long_sequences_do_not_keep_their_attention_weights():
+    """40 heads and 32,760 tokens, as Wan-14B has at 480p: plain attention would keep 80 GiB a layer."""
+    number = torch.zeros((), dtype=torch.bfloat16)
+    clip, tile = number.expand(1, 40, 32760, 128), number.expand(4, 6, 576, 32)
+    assert not _plain_is_faster(clip, clip)
+    assert _plain_is_faster(tile, tile)
