@@ -73,6 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--frames", type=int, metavar="N", help="how many to use, 4n+1 (default: up to 49)")
     parser.add_argument("--caption", metavar="TEXT", help="what the source shows, for job.toml")
     parser.add_argument("--edited_caption", metavar="TEXT", help="what the edited frame shows")
+    parser.add_argument(
+        "--captioner", type=Path, metavar="FOLDER",
+        help="write the captions that are not given by a vision-language model: a checkpoint on disk, e.g. SmolVLM, Florence-2",
+    )
     parser.add_argument("--ckpt", type=Path, metavar="FOLDER", help="the model's weights, for edit.toml")
     parser.add_argument("--model", choices=get_args(Family), help="the model's family, for edit.toml (default: wan)")
     parser.add_argument(

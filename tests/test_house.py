@@ -104,6 +104,7 @@ def test_the_command_line_gains_no_flags():
         "--help", "--traceback", "--source", "--out", "--edited", "--box", "--painted", "--margin", "--start",
         "--every", "--frames", "--caption", "--edited_caption", "--frame", "--overwrite",
         "--sam", "--click", "--not",  # what follows the region, and where the object is
+        "--captioner",  # what writes the captions that are not given
         "--ckpt", "--model",  # the lines of edit.toml that have no default
     }
     assert flags["inference.py"] == {"--help", "--config", "--traceback", "--lora", "--out"}

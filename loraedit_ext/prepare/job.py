@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,12 +80,16 @@ def prepare(request: Request) -> list[str]:
     texts = plan_tomls(request, folder, len(clip.frames))
     by_hand = _masks_by_hand(request, folder, clip)
     follow = _follower(request, clip, edited, keys)
+    captions = _captions(request, clip, edited) if JOB in texts else {}
+    if captions:
+        texts = plan_tomls(replace(request, **captions), folder, len(clip.frames))
     folder.make(MASK)
     tracked = follow()
     grey = _masks(tracked, request.margin)
     for frame, painted in by_hand.items():
         grey[frame] = painted
     lines += _told(request, keys, tracked, grey, by_hand)
+    lines += [f"{key.removeprefix('edited_'):<9} {'edited: ' * (key != 'caption')}{words}" for key, words in captions.items()]
     for frame, picture in edited.items():
         lines += _lost(frame, clip.frames[frame], picture, grey[frame])
     with folder.writing():
@@ -108,6 +113,20 @@ def _follower(
     found = keys.keys() - request.boxes.keys() - request.painted.keys()
     edits = {frame: filled(difference.changed(clip.frames[frame], edited[frame])) for frame in found}
     return lambda: track_of(sam.outlines(clip.frames, prompts), prompts, edits)
+
+
+def _captions(request: Request, clip: Video, edited: Mapping[int, np.ndarray]) -> dict[str, str]:
+    """Key of the job -> caption, of those that the call asks a model for."""
+    if request.captioner is None or (request.caption and (request.edited_caption or 0 not in edited)):
+        return {}
+    from loraedit_ext.prepare.captioner import Captioner  # transformers takes seconds
+
+    model, found = Captioner(request.captioner), {}
+    if not request.caption:
+        found["caption"] = model.caption(clip.frames[0])
+    if 0 in edited and not request.edited_caption:
+        found["edited_caption"] = model.caption(edited[0], before=request.caption or found["caption"])
+    return found
 
 
 def _masks(tracked: Track, margin: float) -> np.ndarray:

@@ -36,6 +36,7 @@ class Request:
         every: the clip takes every so manyth source frame.
         frames: length of the clip; None: what a job takes by default.
         caption, edited_caption: for job.toml.
+        captioner: folder of a vision-language model that writes those that are not given; None: they stay out.
         model: family of the model, for edit.toml; None: Wan, or what edit.toml says already.
         ckpt: folder of its weights, for edit.toml.
         overwrite: pictures that were changed by hand may be replaced.
@@ -56,6 +57,7 @@ class Request:
     frames: int | None = None
     caption: str | None = None
     edited_caption: str | None = None
+    captioner: Path | None = None
     model: Family | None = None
     ckpt: Path | None = None
     overwrite: bool = False
