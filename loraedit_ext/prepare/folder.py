@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.files import hash_file, write_json_atomic, write_text_atomic
+from common.files import hash_file, make_folder, write_json_atomic, write_text_atomic
 from dataset.images import write_png
 
 RECORD = ".prepare.json"
@@ -48,11 +48,7 @@ class JobFolder:
             UserError: the path cannot be made.
         """
         for path in (self.path, *(self.path / name for name in names)):
-            try:
-                path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"{path}: could not be made ({error.strerror}), expected a folder, or a path where one can "
-                                "be made. Choose another --out.") from error  # fmt: skip
+            make_folder(path)
 
     def is_ours(self, name: str) -> bool:
         """Whether the file is there, as prepare.py wrote it last."""
