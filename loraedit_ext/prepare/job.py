@@ -89,7 +89,7 @@ def prepare(request: Request) -> list[str]:
     for frame, painted in by_hand.items():
         grey[frame] = painted
     lines += _told(request, keys, tracked, grey, by_hand)
-    lines += [f"{key.removeprefix('edited_'):<9} {'edited: ' * (key != 'caption')}{words}" for key, words in captions.items()]
+    lines += [f"caption   {'edited: ' if key == 'edited_caption' else ''}{words}" for key, words in captions.items()]
     for frame, picture in edited.items():
         lines += _lost(frame, clip.frames[frame], picture, grey[frame])
     with folder.writing():
@@ -117,14 +117,15 @@ def _follower(
 
 def _captions(request: Request, clip: Video, edited: Mapping[int, np.ndarray]) -> dict[str, str]:
     """Key of the job -> caption, of those that the call asks a model for."""
-    if request.captioner is None or (request.caption and (request.edited_caption or 0 not in edited)):
+    ask_source, ask_edited = not request.caption, not request.edited_caption and 0 in edited
+    if request.captioner is None or not (ask_source or ask_edited):
         return {}
     from loraedit_ext.prepare.captioner import Captioner  # transformers takes seconds
 
     model, found = Captioner(request.captioner), {}
-    if not request.caption:
+    if ask_source:
         found["caption"] = model.caption(clip.frames[0])
-    if 0 in edited and not request.edited_caption:
+    if ask_edited:
         found["edited_caption"] = model.caption(edited[0], before=request.caption or found["caption"])
     return found
 
