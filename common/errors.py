@@ -49,3 +49,8 @@ class ErrorCollector:
             raise UserError(self.messages[0])
         if self.messages:
             raise UserErrors(self.messages)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, on one line; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -43,8 +43,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: Path, cure: str = "Choose another place.") -> None:
     """Make a folder and those above it, unless they are there.
+
+    Args:
+        path: of the folder.
+        cure: what a user can do if it cannot be made.
 
     Raises:
         UserError: it cannot be made.
@@ -52,7 +56,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: this folder cannot be made ({error.strerror or error}). Choose another place.") from error
+        raise UserError(f"{path}: this folder cannot be made ({error.strerror or error}). {cure}") from error
 
 
 def check_writable(path: Path) -> None:

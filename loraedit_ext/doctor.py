@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+from common.errors import first_line
+
 Status = Literal["ok", "note", "bad"]
 GB = 1e9
 PYTHON = (3, 11)
@@ -129,7 +131,7 @@ def pinned_memory() -> Iterator[Finding]:
             pieces.append(torch.empty(_PROBE_PIECE, dtype=torch.uint8, pin_memory=True))
     except RuntimeError as error:
         got = len(pieces) * _PROBE_PIECE / GB
-        yield Finding("note", "pinned", f"the system gives {got:.1f} of {goal / GB:.1f} GB ({str(error).splitlines()[0]})",
+        yield Finding("note", "pinned", f"the system gives {got:.1f} of {goal / GB:.1f} GB ({first_line(error)})",
                       "blocks_to_swap and offload copy more slowly without it. Raise `ulimit -l`; under WSL2 raise memory= in "
                       ".wslconfig; containers need --ulimit memlock=-1.")
         return
@@ -170,7 +172,7 @@ def examine() -> list[Finding]:
         try:
             findings += check()
         except (ImportError, OSError, RuntimeError) as error:
-            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            text = first_line(error)
             findings.append(Finding("bad", check.__name__, f"cannot be checked: {text}", "pip install -r requirements.txt"))
     return findings
 

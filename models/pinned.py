@@ -7,6 +7,8 @@ import logging
 import torch
 from torch import Tensor
 
+from common.errors import first_line
+
 _log = logging.getLogger(__name__)
 
 
@@ -45,6 +47,6 @@ class HostAllocator:
             _log.warning(
                 "%s: the system page-locks %.1f GB of host memory and no more (%s). The rest is copied from and to "
                 "ordinary memory, which is slower; `python -m loraedit_ext.doctor` says what can be done.",
-                self.purpose, self.allocated / 1e9, str(error).splitlines()[0],
+                self.purpose, self.allocated / 1e9, first_line(error),
             )
             return None

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from common.errors import UserError
+from common.errors import UserError, first_line
+from loraedit_ext.prepare.pretrained import load
 from models.checkpoint import read_config
 
 EXAMPLE = "e.g. `hf download HuggingFaceTB/SmolVLM-Instruct --local-dir /models/SmolVLM-Instruct`"
@@ -50,7 +51,8 @@ class Captioner:
             raise UserError(f"--captioner {folder}: has no chat template, so it cannot be asked for a caption; expected a "
                             f"model that follows instructions, {EXAMPLE}, or Florence-2.")  # fmt: skip
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = _model(folder).to(self.device)
+        kind = AutoModelForImageTextToText
+        self.model = load(kind, folder, "--captioner", "a vision-language model", "auto").to(self.device)
 
     def caption(self, picture: np.ndarray, before: str | None = None) -> str:
         """What a picture, uint8 (H, W, 3), shows, in a sentence.
@@ -90,27 +92,8 @@ def _processor(folder: Path) -> Any:
     try:
         return AutoProcessor.from_pretrained(folder, local_files_only=True)
     except ImportError as error:
-        raise UserError(f"--captioner {folder}: its processor needs a package that is not here ({_first_line(error)}). Install "
+        raise UserError(f"--captioner {folder}: its processor needs a package that is not here ({first_line(error)}). Install "
                         f"it, or take another model, {EXAMPLE}.") from error  # fmt: skip
     except Exception as error:  # transformers raises whatever the model's own code does
-        raise UserError(f"--captioner {folder}: its processor cannot be read ({_first_line(error)}). Download the folder "
+        raise UserError(f"--captioner {folder}: its processor cannot be read ({first_line(error)}). Download the folder "
                         "again; a model that reads clips as well may need `pip install torchvision`.") from error  # fmt: skip
-
-
-def _model(folder: Path) -> Any:
-    """Frozen, in the dtype it was saved in; a weight that is missing is no weight at random."""
-    try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype="auto", output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"--captioner {folder}: cannot be read as a vision-language model ({_first_line(error)}). Download the "
-                        "folder again.") from error  # fmt: skip
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(f"--captioner {folder}: {len(missing)} weights are missing ({', '.join(missing[:3])}). Download the "
-                        "folder again.")  # fmt: skip
-    return model.eval().requires_grad_(False)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

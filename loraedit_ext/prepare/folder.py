@@ -48,7 +48,7 @@ class JobFolder:
             UserError: the path cannot be made.
         """
         for path in (self.path, *(self.path / name for name in names)):
-            make_folder(path)
+            make_folder(path, cure="Choose another --out.")
 
     def is_ours(self, name: str) -> bool:
         """Whether the file is there, as prepare.py wrote it last."""

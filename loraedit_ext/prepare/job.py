@@ -29,7 +29,7 @@ from loraedit_ext.prepare.outlines import track_of
 from loraedit_ext.prepare.prompts import prompts_of
 from loraedit_ext.prepare.regions import Region, filled, widened
 from loraedit_ext.prepare.request import Request
-from loraedit_ext.prepare.tomls import EDIT, JOB, MASK, no_longer_there, plan_tomls
+from loraedit_ext.prepare.tomls import EDIT, JOB, MASK, job_toml, no_longer_there, plan_tomls
 from loraedit_ext.prepare.tracking import Track, track
 
 FRAME, PREVIEW, SHEET = "frame.png", "preview.mp4", "preview.png"
@@ -82,7 +82,7 @@ def prepare(request: Request) -> list[str]:
     follow = _follower(request, clip, edited, keys)
     captions = _captions(request, clip, edited) if JOB in texts else {}
     if captions:
-        texts = plan_tomls(replace(request, **captions), folder, len(clip.frames))
+        texts[JOB] = job_toml(replace(request, **captions), len(clip.frames))
     folder.make(MASK)
     tracked = follow()
     grey = _masks(tracked, request.margin)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenc
 
 from common.errors import UserError
 from common.progress import progress
+from loraedit_ext.prepare.pretrained import load
 from loraedit_ext.prepare.prompts import Prompt
 from models.checkpoint import read_config
 
@@ -49,7 +49,7 @@ class Sam2:
             raise UserError(f"{folder / _LOOK}: lacks image_mean and image_std of three colours. Download the folder "
                             "again.") from error  # fmt: skip
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = _load(folder).to(self.device)
+        self.model = load(Sam2VideoModel, folder, "--sam", "SAM 2", torch.float32).to(self.device)
         self.side = int(self.model.config.image_size)
 
     def outlines(self, frames: np.ndarray, prompts: Mapping[int, Prompt]) -> np.ndarray:
@@ -165,17 +165,3 @@ def _check(folder: Path) -> None:
     if kind != _KIND:
         raise UserError(f"--sam {folder}: config.json has model_type {kind!r}, expected {_KIND!r}, a SAM 2 for videos, "
                         f"{EXAMPLE}.")  # fmt: skip
-
-
-def _load(folder: Path) -> Sam2VideoModel:
-    """In float32, frozen; a weight that is missing is no weight at random."""
-    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
-    try:
-        model, info = Sam2VideoModel.from_pretrained(folder, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"--sam {folder}: cannot be read as SAM 2 ({str(error).splitlines()[0]}). Download the folder "
-                        "again.") from error  # fmt: skip
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(f"--sam {folder}: {len(missing)} weights are missing ({', '.join(missing[:3])}). Download the folder "
-                        "again.")  # fmt: skip
-    return model.eval().requires_grad_(False)

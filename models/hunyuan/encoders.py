@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from models.checkpoint import Tensors, guess_content, load_into
 from models.hunyuan.keys import vae_from_comfyui
 from models.hunyuan.single_files import RELEASED_PROCESSOR, is_whole_llava, load_clip_text, load_llava, needs_config
@@ -248,7 +248,7 @@ def _offline(kind: Any, folder: Path, **options: Any) -> Any:
         return kind.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{folder}: cannot be read as {kind.__name__} ({str(error).splitlines()[0]}). Download the folder again."
+            f"{folder}: cannot be read as {kind.__name__} ({first_line(error)}). Download the folder again."
         ) from error
 
 

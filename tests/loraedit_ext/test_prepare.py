@@ -308,7 +308,7 @@ def test_a_damaged_record_is_told(folder):
 @pytest.mark.parametrize("out", ["edited.png", "edited.png/job"])
 def test_a_folder_that_cannot_be_made_is_told(folder, out):
     for boxes in ({}, box_at()):
-        with pytest.raises(UserError, match=r"edited\.png.*cannot be made .* Choose another place"):
+        with pytest.raises(UserError, match=r"edited\.png.*: this folder cannot be made .* Choose another --out"):
             prepare(Request(folder / "source", folder / out, boxes=boxes))
 
 
