@@ -19,8 +19,9 @@ import torch
 from common import with_parent
 from pretraining import clips
 
-_TIMED = ("vae", "latents", "transformer")
-"""Commands that take --minutes; the others take seconds."""
+_LONG = ("vae", "latents", "transformer")
+"""Commands that take --minutes and share their work between processes; the others take seconds."""
+_LAUNCHER = ("torch.distributed.run", "--standalone", "--nproc-per-node")  # and "--": our --start is not its --start-method
 
 
 def recipe(out: Path, scale: float, size: int, device: str, compiled: bool) -> list[str]:
@@ -54,16 +55,18 @@ def recipe(out: Path, scale: float, size: int, device: str, compiled: bool) -> l
     ]
 
 
-def run(commands: list[str], minutes: float | None) -> bool:
-    """Run them in order; False if the time was up before the last."""
+def run(commands: list[str], minutes: float | None, processes: int) -> bool:
+    """Run them in order, the long ones on so many processes each; False if the time was up before the last."""
     end = math.inf if minutes is None else time.monotonic() + 60 * minutes
     for words in map(shlex.split, commands):
         left = (end - time.monotonic()) / 60
         if left <= 0:
             return False
-        if words[0] in _TIMED and minutes is not None:
-            words += ["--minutes", f"{left:.4f}"]
-        program = [sys.executable, "-m", f"pretraining.{words[0]}", *words[1:]]
+        launcher: list[str] = []
+        if words[0] in _LONG:
+            words += [] if minutes is None else ["--minutes", f"{left:.4f}"]
+            launcher = [*_LAUNCHER, str(processes), "-m", "--"] if processes > 1 else []
+        program = [sys.executable, "-m", *launcher, f"pretraining.{words[0]}", *words[1:]]
         print("\n$", shlex.join(["python", *program[1:]]), flush=True)
         subprocess.run(with_parent.command(program), check=True)
     return True
@@ -77,12 +80,13 @@ def main() -> None:
         "--scale", type=float, default=1.0, help="share of all steps and clips; 0.001 tries everything out"
     )
     parser.add_argument("--size", type=int, default=clips.SIZE, help="side of the clips in pixels, a multiple of 32")
+    parser.add_argument("--processes", type=int, default=1, help="that share the work: as many as idle cores, or as GPUs")
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     try:
         commands = recipe(options.out, options.scale, options.size, options.device, options.compile)
-        finished = run(commands, options.minutes)
+        finished = run(commands, options.minutes, options.processes)
     except subprocess.CalledProcessError as error:
         raise SystemExit(error.returncode) from None
     print(f"\n{options.out}/tiny-wan-i2v" if finished else "\nTime is up; run the same command again to go on.")

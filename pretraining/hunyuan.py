@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--latents", type=Path, nargs="+", required=True, help="folders of encoded clips (pretraining.latents)")
     parser.add_argument("--batch", type=int, default=Options.batch)
     options = Options(**vars(parser.parse_args()))
-    loop.limit_threads(options.device, options.threads)
+    loop.start(options.device, options.threads)
     loop.run(HunyuanTraining(options))
 
 

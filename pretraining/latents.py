@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -26,11 +26,12 @@ from loraedit_ext.evaluation.rendering import Rendered, render
 from loraedit_ext.evaluation.scenes import Scene, another_future, random_scene
 from models.wan import whole_clip
 from models.wan.encoders import WanVAE
-from pretraining import clips
+from pretraining import clips, loop, replicas
 from pretraining.conditioning import Conditioner
 
 SHARD = 64
 FUTURES = 4  # clips that share a first frame: their condition is encoded once, and no first frame gives its clip away
+_REPORT_EVERY = 5  # shards
 _ANYWHERE = 0.02  # of an object's weight is what a place without objects has, when windows are drawn
 _STILL_CAPTIONS = 0.3  # share of captions that say nothing about motion, as a caption of the first frame alone
 
@@ -60,7 +61,7 @@ class LatentPool:
         """Latents of a latent frame."""
         return self.video.shape[-2] * self.video.shape[-1]
 
-    def take(self, indices: Tensor) -> LatentPool:
+    def take(self, indices: Tensor | slice) -> LatentPool:
         return LatentPool(*(part[indices].float() for part in vars(self).values()))
 
     def to(self, device: str) -> LatentPool:
@@ -159,27 +160,29 @@ def training_scenes(shard: int, count: int = SHARD, seed: int = 0) -> list[tuple
 
 
 def fill(
-    out: Path, encode: Callable[[list[tuple[Scene, str]]], LatentPool], shards: Iterable[int], minutes: float | None
+    out: Path, encode: Callable[[list[tuple[Scene, str]]], LatentPool], shards: Sequence[int], minutes: float | None
 ) -> None:
-    """Write the shards that are missing."""
+    """Write the shards that are missing, and say now and then how far it is."""
+    paths = {shard: out / f"{shard:05d}.safetensors" for shard in shards}
+    missing = [shard for shard in shards if not paths[shard].exists()]
     started = time.monotonic()
-    for shard in shards:
-        path = out / f"{shard:05d}.safetensors"
-        if path.exists():
-            continue
-        if minutes is not None and time.monotonic() - started > 60 * minutes:
-            break
+    for done, shard in enumerate(missing, 1):
         tensors = vars(encode(training_scenes(shard)))
-        write_atomic(path, partial(save_file, tensors))
-        if shard % 10 == 9:
-            print(f"{(shard + 1) * SHARD} clips  {(time.monotonic() - started) / 60:.1f} min", flush=True)
+        write_atomic(paths[shard], partial(save_file, tensors))
+        elapsed = (time.monotonic() - started) / 60
+        if done % _REPORT_EVERY == 0 or done == len(missing):
+            left = elapsed / done * (len(missing) - done)
+            print(f"shard {done}/{len(missing)} of {SHARD} clips  elapsed {elapsed:.1f} min  left {left:.1f} min", flush=True)
+        if minutes is not None and elapsed > minutes:
+            break
 
 
 def load_shards(folder: Path, known: set[str]) -> list[LatentPool]:
     """Shards of a folder that are not in `known` yet; adds their names to it."""
-    fresh = [path for path in sorted(folder.glob("*.safetensors")) if path.name not in known]
-    known.update(path.name for path in fresh)
-    return [_shard(path) for path in fresh]
+    names = replicas.agreed(sorted(path.name for path in folder.glob("*.safetensors")))
+    fresh = [name for name in names if name not in known]
+    known.update(fresh)
+    return [_shard(folder / name) for name in fresh]
 
 
 class PoolFolder:
@@ -230,10 +233,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="stop after this long; run again to go on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    if options.device == "cpu":
-        torch.set_num_threads(1)
+    loop.start(options.device)
     vae, conditioner = load_vae(options.vae, options.device), Conditioner()
-    shards = range(options.first, options.first + options.shards)
+    shards = range(options.first, options.first + options.shards)[replicas.own()]
     fill(
         options.out, lambda scenes: encode_scenes(vae, conditioner, scenes, FUTURES, options.size), shards, options.minutes
     )

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from common.files import write_atomic
+from pretraining import replicas
 from pretraining.muon import Muon, split_parameters
 from pretraining.report import Reporter
 
@@ -63,7 +64,7 @@ class Training(ABC):
 
     @abstractmethod
     def loss(self) -> tuple[torch.Tensor, dict[str, float]]:
-        """The loss of step `self.step`, and metrics to report."""
+        """The loss of this process's clips of step `self.step`, and metrics to report."""
 
     @abstractmethod
     def evaluate(self, final: bool) -> dict[str, float]:
@@ -100,6 +101,7 @@ class Training(ABC):
                 group["lr"] = lr
         loss, metrics = self.loss()
         loss.backward()
+        replicas.average([weight.grad for weight in self.trainable if weight.grad is not None])
         torch.nn.utils.clip_grad_norm_(self.trainable, 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -127,7 +129,9 @@ def resume(training: Training) -> None:
 
 
 def save(training: Training) -> None:
-    """Write the state and the weights, each atomically."""
+    """Write the state and the weights, each atomically; process 0 alone does."""
+    if replicas.rank():
+        return
     out = training.options.out
     write_atomic(out / "state.pt", lambda path: torch.save(training.state(), path))
     for name, weights in training.weights().items():
@@ -139,20 +143,23 @@ def run(training: Training) -> None:
     options = training.options
     options.out.mkdir(parents=True, exist_ok=True)
     resume(training)
-    reporter = Reporter(options.out / "log.jsonl", training.step, options.steps)
+    reporter = None if replicas.rank() else Reporter(options.out / "log.jsonl", training.step, options.steps)
     started = saved = time.monotonic()
     while training.step < options.steps:
-        reporter.step(training.step + 1, training.train_step())
+        metrics = training.train_step()
         now = time.monotonic()
-        if training.step % training.evaluate_every == 0:
-            reporter.note(training.step, training.evaluate(final=False))
+        if reporter:
+            reporter.step(training.step, metrics)
+            if training.step % training.evaluate_every == 0:
+                reporter.note(training.step, training.evaluate(final=False))
         if now - saved > options.save_seconds:
             save(training)
             saved = now
-        if options.minutes is not None and now - started > 60 * options.minutes:
+        if options.minutes is not None and replicas.agreed(now - started > 60 * options.minutes):
             break
     save(training)
-    reporter.note(training.step, training.evaluate(final=True))
+    if reporter:
+        reporter.note(training.step, training.evaluate(final=True))
 
 
 def parser(description: str | None, defaults: Options) -> argparse.ArgumentParser:
@@ -167,6 +174,12 @@ def parser(description: str | None, defaults: Options) -> argparse.ArgumentParse
     made.add_argument("--compile", action="store_true", help="use torch.compile")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return made
+
+
+def start(device: str, threads: int = 1) -> None:
+    """What every command of this package does first: limit its threads, meet the other processes."""
+    limit_threads(device, threads)
+    replicas.join(device)
 
 
 def limit_threads(device: str, threads: int = 1) -> None:

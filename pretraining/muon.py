@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from pretraining import replicas
+
 _QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: singular values end near 1 after five rounds
 _ROUNDS = 5
 
@@ -53,7 +55,7 @@ class Muon(torch.optim.Optimizer):
     """Muon for matrices and convolution weights (output channels against everything else).
 
     The update is scaled by 0.2 sqrt(longer side), which gives it AdamW's usual size (Liu et al. 2025), so one learning
-    rate serves both optimizers.
+    rate serves both optimizers. Of several processes each orthogonalises its share; gradients must be averaged before.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.9, decay: float = 0.0) -> None:
@@ -67,20 +69,32 @@ class Muon(torch.optim.Optimizer):
             for weight in group["params"]:
                 if weight.grad is not None:
                     by_shape.setdefault((weight.shape[0], weight.numel() // weight.shape[0]), []).append(weight)
-            for shape, weights in by_shape.items():
-                self._update(weights, shape, group)
+            updates = [self._directions(weights, shape, group["momentum"]) for shape, weights in by_shape.items()]
+            _orthogonalise_shared(updates)
+            for weights, update in zip(by_shape.values(), updates, strict=True):
+                size = group["lr"] * 0.2 * max(update.shape[1:]) ** 0.5
+                for weight, change in zip(weights, update, strict=True):
+                    weight.mul_(1 - group["lr"] * group["decay"]).add_(change.view_as(weight), alpha=-size)
 
-    def _update(self, weights: list[nn.Parameter], shape: tuple[int, int], group: dict[str, float]) -> None:
+    def _directions(self, weights: list[nn.Parameter], shape: tuple[int, int], momentum: float) -> Tensor:
+        """(weights, *shape), float32: where to go, before it is orthogonalised."""
         directions = []
         for weight in weights:
-            state = self.state[weight]
-            mean = state.setdefault("momentum", torch.zeros_like(weight))
-            mean.lerp_(weight.grad, 1 - group["momentum"])
-            directions.append(weight.grad.lerp(mean, group["momentum"]).reshape(shape))
-        updates = orthogonalise(torch.stack(directions).float())
-        size = group["lr"] * 0.2 * max(shape) ** 0.5
-        for weight, update in zip(weights, updates, strict=True):
-            weight.mul_(1 - group["lr"] * group["decay"]).add_(update.view_as(weight), alpha=-size)
+            mean = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+            mean.lerp_(weight.grad, 1 - momentum)
+            directions.append(weight.grad.lerp(mean, momentum).reshape(shape))
+        return torch.stack(directions).float()
+
+
+def _orthogonalise_shared(stacks: list[Tensor]) -> None:
+    """Orthogonalise every matrix in place; each process does its share, dealt out over all stacks."""
+    dealt = 0
+    for stack in stacks:
+        mine = slice((replicas.rank() - dealt) % replicas.count(), None, replicas.count())
+        dealt += len(stack)
+        found = orthogonalise(stack[mine])
+        stack.zero_()[mine] = found
+    replicas.add(stacks)
 
 
 def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -23,7 +23,7 @@ from models.layers import sinusoid
 from models.wan.config import WanConfig
 from models.wan.encoders import WanVAE
 from models.wan.transformer import EmbedLayer, WanTransformer
-from pretraining import encoders, loop
+from pretraining import encoders, loop, replicas
 from pretraining.conditioning import Conditioner
 from pretraining.grow import grown
 from pretraining.latents import LatentPool, PoolFolder
@@ -178,17 +178,18 @@ class TransformerTraining(loop.Training):
         t = flow.apply_shift(torch.sigmoid(torch.randn(len(clips), generator=noise)), SHIFT)
         silent = torch.rand(len(clips), generator=noise) < TEXT_DROPOUT
         clips.text[silent] = self.silence
-        pair = self._velocities(self.model, clips, t, torch.randn(clips.video.shape, generator=noise), self.compiled)
+        eps, mine = torch.randn(clips.video.shape, generator=noise), replicas.own()
+        pair = self._velocities(self.model, clips.take(mine), t[mine], eps[mine], self.compiled)
         value = flow.loss(*pair, self.channel_weights)
         return value, {"loss": value.item(), "clips": sum(len(folder.training) for folder in self.folders)}
 
     def _clips(self, noise: torch.Generator) -> LatentPool:
-        """The step's batch, whole clips or windows, of one size."""
+        """The step's batch for all processes, whole clips or windows, of one size."""
         small = self.windows > 0 and torch.rand((), generator=noise).item() < self.windows
         pools = [folder.training for folder in self.folders]
         pool = pools[int(torch.randint(len(pools), (), generator=noise))] if len(pools) > 1 else pools[0]
         full = 4 * self.batch if small else self.batch
-        count = max(1, round(full * pools[0].area / pool.area))
+        count = replicas.shareable(max(1, round(full * pools[0].area / pool.area)))
         clips = pool.take(torch.randint(len(pool), (count,), generator=noise))
         return clips.windows(noise) if small else clips
 
@@ -242,7 +243,7 @@ def main() -> None:
     parser.add_argument("--windows", type=float, default=Options.windows,
                         help="share of the steps on windows of half the size, four times as many a step")
     options = Options(**vars(parser.parse_args()))
-    loop.limit_threads(options.device, options.threads)
+    loop.start(options.device, options.threads)
     loop.run(TransformerTraining(options))
 
 

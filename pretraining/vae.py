@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from models.wan import whole_clip
-from pretraining import clips, loop, shift
+from pretraining import clips, loop, replicas, shift
 from pretraining.structured import calibrate, structure
 
 KL_WEIGHT = 1e-4
@@ -85,13 +85,14 @@ class VAETraining(loop.Training):
 
     def loss(self) -> tuple[Tensor, dict[str, float]]:
         options = self.options
-        video = self._batch().to(options.device)
+        batch, mine = self._batch(), replicas.own()
+        video = batch[mine].to(options.device)
         down, right = self._shift()
         with torch.autocast(options.device.split(":")[0], dtype=torch.bfloat16):
             with torch.set_grad_enabled(not self.decoder_only):
                 mean, logvar = (part.float() for part in whole_clip.encode_moments(self.vae, video))
             logvar = logvar.clamp(-20, 10)
-            noise = torch.randn(mean.shape, generator=self.generator()).to(mean)
+            noise = torch.randn((len(batch), *mean.shape[1:]), generator=self.generator())[mine].to(mean)
             latents = mean + noise * (0.5 * logvar).exp()
             if down or right:
                 latents, video = shift.moved(latents, down, right), shift.same_part(video, down, right)
@@ -102,11 +103,12 @@ class VAETraining(loop.Training):
         return error + KL_WEIGHT * kl, {"loss": error.item(), "kl": kl.item(), name: psnr(output.detach(), video)}
 
     def _batch(self) -> Tensor:
-        """The clips of this step, (B, 3, F, H, W)."""
+        """The clips of this step for all processes, (B, 3, F, H, W)."""
         options = self.options
         if options.shifted:
-            return clips.object_batch(options.seed + 1, self.step, SHIFTED_BATCH, SHIFTED_SIDE)
-        return clips.vae_batch(options.seed + 1, self.step, *_shape(self.step, options.steps, self.decoder_only))
+            return clips.object_batch(options.seed + 1, self.step, replicas.shareable(SHIFTED_BATCH), SHIFTED_SIDE)
+        batch, frames, side = _shape(self.step, options.steps, self.decoder_only)
+        return clips.vae_batch(options.seed + 1, self.step, replicas.shareable(batch), frames, side)
 
     def _shift(self) -> tuple[int, int]:
         """Pixels down and right by which this step's latents are moved."""
@@ -170,7 +172,7 @@ def main() -> None:
     parser.add_argument("--shifted", type=float, default=0.0, metavar="SHARE",
                         help="share of steps on latents moved by a part of a latent, e.g. 0.6 (pretraining/shift.py)")
     options = Options(**vars(parser.parse_args()))
-    loop.limit_threads(options.device, options.threads)
+    loop.start(options.device, options.threads)
     loop.run(VAETraining(options))
 
 

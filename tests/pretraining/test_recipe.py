@@ -29,7 +29,8 @@ def test_the_recipe_stops_in_time_goes_on_and_makes_a_checkpoint(tmp_path: Path)
     assert not (out / "frozen.pt").exists()
     state = out / "vae" / "state.pt"
     assert torch.load(state, weights_only=True)["step"] == 1
-    pretrain(out)
+    finished = pretrain(out, "--processes", "2")
+    assert "torch.distributed.run --standalone --nproc-per-node 2 -m -- pretraining.latents" in finished
     assert torch.load(state, weights_only=True)["step"] == 2
     checkpoint = WanCheckpoint.open(out / "tiny-wan-i2v")
     assert checkpoint.config == transformer.tiny_config()
