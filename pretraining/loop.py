@@ -139,7 +139,10 @@ def save(training: Training) -> None:
 
 
 def run(training: Training) -> None:
-    """Train to `options.steps` or until the time is up; the state is saved either way."""
+    """Train to `options.steps` or until the time is up; the state is saved either way.
+
+    Of several processes the first reports the losses of its share.
+    """
     options = training.options
     options.out.mkdir(parents=True, exist_ok=True)
     resume(training)
