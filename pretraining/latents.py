@@ -33,7 +33,7 @@ SHARD = 64
 FUTURES = 4  # clips that share a first frame: their condition is encoded once, and no first frame gives its clip away
 _REPORT_EVERY = 5  # shards
 _ANYWHERE = 0.02  # of an object's weight is what a place without objects has, when windows are drawn
-_STILL_CAPTIONS = 0.3  # share of captions that say nothing about motion, as a caption of the first frame alone
+_STILL_CAPTIONS = 0.2  # share of captions that say nothing about motion, as a caption of the first frame alone
 
 
 @dataclass

@@ -425,6 +425,9 @@ def test_steps_draw_from_folders_of_several_sizes_fewer_clips_of_the_larger(
     drawn = {(clips.video.shape[-1], len(clips)) for seed in range(40)
              if (clips := training._clips(torch.Generator().manual_seed(seed)))}  # fmt: skip
     assert drawn == {(8, 9), (4, 36), (12, 4), (6, 16)}
+    training.shares = transformer.shares(2, 0.9)
+    sides = [training._clips(torch.Generator().manual_seed(seed)).video.shape[-1] for seed in range(200)]
+    assert 0.03 < np.mean([side in (12, 6) for side in sides]) < 0.2
     assert training.train_step()["clips"] == 8
     assert set(training.evaluate(final=True)) == {"validation", "validation_2"}
 
