@@ -30,7 +30,7 @@ def recipe(out: Path, scale: float, size: int, device: str, compiled: bool) -> l
     Args:
         out: folder of everything made.
         scale: share of all steps and clips.
-        size: side of the clips in pixels; the transformer begins at half of it and ends at one and a half times.
+        size: side of the clips in pixels; the transformer begins at half of it and ends at twice.
         device: where to compute.
         compiled: use torch.compile.
     """
@@ -40,7 +40,7 @@ def recipe(out: Path, scale: float, size: int, device: str, compiled: bool) -> l
 
     to, on = shlex.quote(str(out)), f"--device {device}"
     training = f"{on} --compile" if compiled else on
-    large = size * 3 // 2
+    large = 2 * size
     folders = {side: f"{to}/latents-{side}" for side in (size // 2, size, large)}
     common = f"--vae {to}/frozen.pt {training}"
     return [
@@ -52,8 +52,8 @@ def recipe(out: Path, scale: float, size: int, device: str, compiled: bool) -> l
         f"transformer --out {to}/medium --start {to}/small/transformer.pt --steps {count(8000)} --batch 8 --windows 0.75 "
         f"--latents {folders[size]} {common}",
         f"latents --vae {to}/frozen.pt --out {folders[large]} --size {large} --shards {count(60)} {on}",
-        f"transformer --out {to}/transformer --start {to}/medium/transformer.pt --steps {count(6000)} --batch 8 --windows 0.5 "
-        f"--latents {folders[large]} {folders[size]} --leading 0.85 {common}",
+        f"transformer --out {to}/transformer --start {to}/medium/transformer.pt --steps {count(6000)} --batch 5 --windows 0.5 "
+        f"--latents {folders[large]} {folders[size]} --leading 0.8 {common}",
         f"vae --out {to}/decoder --start {to}/frozen.pt --decoder-only --steps {count(3000)} {training}",
         f"export --vae {to}/decoder/vae.pt --transformer {to}/transformer/transformer.pt --out {to}/tiny-wan-i2v",
         f"evaluate {to}/tiny-wan-i2v --out {to}/evaluation --clips {count(64)} --rows {count(10)} --size {large} "
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument(
         "--scale", type=float, default=1.0, help="share of all steps and clips; 0.001 tries everything out"
     )
-    parser.add_argument("--size", type=int, default=clips.SIZE, help="side of the clips in pixels, a multiple of 64")
+    parser.add_argument("--size", type=int, default=clips.SIZE, help="side of the clips in pixels, a multiple of 32")
     parser.add_argument("--processes", type=int, default=1, help="that share the work: as many as idle cores, or as GPUs")
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def pretrain(out: Path, *options: str) -> str:
-    size = ["--scale", "0.0001", "--size", "64"]
+    size = ["--scale", "0.0001", "--size", "32"]
     program = [sys.executable, "-m", "pretraining", "--out", str(out), *size, "--device", "cpu", *options]
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
