@@ -172,8 +172,8 @@ def examine() -> list[Finding]:
         try:
             findings += check()
         except (ImportError, OSError, RuntimeError) as error:
-            text = first_line(error)
-            findings.append(Finding("bad", check.__name__, f"cannot be checked: {text}", "pip install -r requirements.txt"))
+            detail = f"cannot be checked: {first_line(error)}"
+            findings.append(Finding("bad", check.__name__, detail, "pip install -r requirements.txt"))
     return findings
 
 

@@ -21,6 +21,7 @@ from torch.nn.functional import avg_pool2d
 
 from common.errors import UserError
 from common.files import write_atomic
+from common.progress import progress
 from loraedit_ext.evaluation.captions import caption
 from loraedit_ext.evaluation.rendering import Rendered, render
 from loraedit_ext.evaluation.scenes import Scene, another_future, random_scene
@@ -31,7 +32,6 @@ from pretraining.conditioning import Conditioner
 
 SHARD = 64
 FUTURES = 4  # clips that share a first frame: their condition is encoded once, and no first frame gives its clip away
-_REPORT_EVERY = 5  # shards
 _ANYWHERE = 0.02  # of an object's weight is what a place without objects has, when windows are drawn
 _STILL_CAPTIONS = 0.3  # share of captions that say nothing about motion, as a caption of the first frame alone
 
@@ -162,19 +162,17 @@ def training_scenes(shard: int, count: int = SHARD, seed: int = 0) -> list[tuple
 def fill(
     out: Path, encode: Callable[[list[tuple[Scene, str]]], LatentPool], shards: Sequence[int], minutes: float | None
 ) -> None:
-    """Write the shards that are missing, and say now and then how far it is."""
+    """Write the shards that are missing."""
     paths = {shard: out / f"{shard:05d}.safetensors" for shard in shards}
     missing = [shard for shard in shards if not paths[shard].exists()]
     started = time.monotonic()
-    for done, shard in enumerate(missing, 1):
-        tensors = vars(encode(training_scenes(shard)))
-        write_atomic(paths[shard], partial(save_file, tensors))
-        elapsed = (time.monotonic() - started) / 60
-        if done % _REPORT_EVERY == 0 or done == len(missing):
-            left = elapsed / done * (len(missing) - done)
-            print(f"shard {done}/{len(missing)} of {SHARD} clips  elapsed {elapsed:.1f} min  left {left:.1f} min", flush=True)
-        if minutes is not None and elapsed > minutes:
-            break
+    with progress(len(missing), f"encoding {SHARD} clips each", unit="shard") as bar:
+        for shard in missing:
+            tensors = vars(encode(training_scenes(shard)))
+            write_atomic(paths[shard], partial(save_file, tensors))
+            bar.update()
+            if minutes is not None and time.monotonic() - started > 60 * minutes:
+                break
 
 
 def load_shards(folder: Path, known: set[str]) -> list[LatentPool]:

@@ -62,8 +62,9 @@ def add(tensors: Sequence[Tensor]) -> None:
 
 def average(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its mean over the processes."""
-    add(tensors)
-    torch._foreach_div_(list(tensors), count())
+    if count() > 1:
+        add(tensors)
+        torch._foreach_div_(list(tensors), count())
 
 
 def agreed(mine: T) -> T:
