@@ -16,15 +16,15 @@ from models.wan import random_weights
 
 State = dict[str, Tensor]
 
-TEXT_DIM = 64
-TEXT_LEN = 32
+TEXT_DIM = 128
+TEXT_LEN = 48
 IMAGE_DIM = 80
 IMAGE_SIZE = 56
 PATCH = 14
 TRIGGER = "p3rs0n"  # the special token of the default prompt is one piece, as frequent words are
 
 _HEAD_DIM = 32
-_NEIGHBOURS = (-1, 1, -2, -3)  # which token each text head reads, relative to its own
+_NEIGHBOURS = (-1, 1, -2, -3, -4, -5, -6, -7)  # which token each text head reads, relative to its own
 _BUCKETS = 32
 _FOCUS = 12.0  # attention logit of that neighbour over all others
 

@@ -8,7 +8,7 @@ two families' latents have one shape. Nothing ships these weights: they decide q
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from pathlib import Path
 
 import torch
@@ -75,16 +75,13 @@ def conditioning(condition: Tensor) -> Tensor:
     return torch.cat([first, mask], dim=1)
 
 
-def velocity(
-    model: HunyuanTransformer, latents: Tensor, timestep: Tensor, text: Tensor, compute: Callable[..., Tensor] | None = None
-) -> Tensor:
+def velocity(model: HunyuanTransformer, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
     """The model's output with gradients for every parameter, which `HunyuanTransformer.forward` keeps to its LoRA's.
 
     Args:
         latents: (batch, 33, T, h, w).
         timestep: (batch,) in 0..1000.
         text: zero-padded features.
-        compute: `trunk`, compiled or not.
     """
     text, lengths, pooled = text_inputs(text)
     patches = model.img_in(latents)
@@ -92,21 +89,15 @@ def velocity(
     words = model.txt_in(text, timestep, lengths)
     vector = model.time_in(timestep) + model.vector_in(pooled)
     rope = rope_table(grid, model.config.rope_axes, ROPE_THETA).to(latents.device)
-    hidden = (compute or trunk)(model, patches.flatten(2).mT.float(), words, vector, rope)
-    _, height, width = model.config.patch_size
-    return rearrange(
-        hidden, "b (t h w) (c ph pw) -> b c t (h ph) (w pw)",
-        t=grid[0], h=grid[1], w=grid[2], ph=height, pw=width,
-    )  # fmt: skip
-
-
-def trunk(model: HunyuanTransformer, image: Tensor, text: Tensor, vector: Tensor, rope: Tensor) -> Tensor:
-    """The blocks and the head on embedded tokens; what torch.compile gets to see."""
-    hidden = torch.cat([image, text], dim=1)
+    hidden = torch.cat([patches.flatten(2).mT.float(), words], dim=1)
     lengths = [hidden.shape[1]] * len(hidden)
     for block in (*model.double_blocks, *model.single_blocks):
         hidden = block(hidden, vector, rope, lengths)
-    return model.final_layer(hidden[:, : image.shape[1]], vector)
+    _, height, width = model.config.patch_size
+    return rearrange(
+        model.final_layer(hidden[:, : math.prod(grid)], vector), "b (t h w) (c ph pw) -> b c t (h ph) (w pw)",
+        t=grid[0], h=grid[1], w=grid[2], ph=height, pw=width,
+    )  # fmt: skip
 
 
 class HunyuanTraining(TransformerTraining):
@@ -116,14 +107,10 @@ class HunyuanTraining(TransformerTraining):
     def fresh(options: Options) -> HunyuanTransformer:
         return build(tiny_config(), options.seed)
 
-    compute = staticmethod(trunk)
-
     @staticmethod
-    def predict(
-        model: HunyuanTransformer, noisy: Tensor, t: Tensor, clips: LatentPool, compute: Callable[..., Tensor]
-    ) -> Tensor:
+    def predict(model: HunyuanTransformer, noisy: Tensor, t: Tensor, clips: LatentPool) -> Tensor:
         latents = torch.cat([noisy, conditioning(clips.condition)], dim=1)
-        return velocity(model, latents, t * TIMESTEPS, clips.text, compute)
+        return velocity(model, latents, t * TIMESTEPS, clips.text)
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from pretraining.conditioning import Conditioner
 SHARD = 64
 FUTURES = 4  # clips that share a first frame: their condition is encoded once, and no first frame gives its clip away
 _ANYWHERE = 0.02  # of an object's weight is what a place without objects has, when windows are drawn
-_STILL_CAPTIONS = 0.3  # share of captions that say nothing about motion, as a caption of the first frame alone
+_STILL_CAPTIONS = 0.2  # share of captions that say nothing about motion, as a caption of the first frame alone
 
 
 @dataclass
@@ -74,15 +74,16 @@ class LatentPool:
         """
         height, width = (side // 2 for side in self.video.shape[-2:])
         points = torch.multinomial(self.objects.flatten(1) + _ANYWHERE, 1, generator=generator)[:, 0]
-        drift = 0.25 + 0.5 * torch.rand((2, len(self)), generator=generator)  # the point's place in the window
+        drift = 0.25 + 0.5 * torch.rand((2, len(self)), generator=generator, device=generator.device)
         tops = _on_tokens(points // self.objects.shape[-1] - height * drift[0], height)
         lefts = _on_tokens(points % self.objects.shape[-1] - width * drift[1], width)
 
+        rows = tops[:, None, None] + torch.arange(height, device=tops.device)[:, None]
+        columns = lefts[:, None, None] + torch.arange(width, device=lefts.device)
+        each = torch.arange(len(self), device=tops.device)[:, None, None]
+
         def cut(part: Tensor) -> Tensor:
-            return torch.stack([
-                clip[..., top : top + height, left : left + width]
-                for clip, top, left in zip(part, tops, lefts, strict=True)
-            ])
+            return part.movedim((-2, -1), (1, 2))[each, rows, columns].movedim((1, 2), (-2, -1)).contiguous()
 
         return LatentPool(cut(self.video), cut(self.condition), self.text, self.image, cut(self.objects))
 
@@ -92,9 +93,9 @@ class LatentPool:
         ))
 
 
-def _on_tokens(starts: Tensor, last: int) -> list[int]:
+def _on_tokens(starts: Tensor, last: int) -> Tensor:
     """The even numbers from 0 to `last` nearest to where windows ought to start."""
-    return (2 * (starts / 2).round().long()).clamp(0, last).tolist()
+    return (2 * (starts / 2).round().long()).clamp(0, last)
 
 
 def encode_scenes(
@@ -108,8 +109,8 @@ def encode_scenes(
         rendered = [render(scene, clips.FRAMES, (size, size)) for scene, _ in group]
         video = torch.stack([clips.to_tensor(one.video) for one in rendered])
         first, count = video[:1], len(group)
-        # One by one: on a CPU four at a time fall out of its cache and take a third longer.
-        parts["video"] += [encode_normalised(vae, clip[None]) for clip in video]
+        # On a CPU one by one: four at a time fall out of its cache and take a third longer.
+        parts["video"] += [encode_normalised(vae, part) for part in video.split(1 if vae.device.type == "cpu" else count)]
         condition = encode_normalised(vae, clips.first_frame_condition(first))
         parts["condition"].append(condition.expand(count, -1, -1, -1, -1))
         parts["text"].append(torch.stack([conditioner.text(words) for _, words in group]))
@@ -184,16 +185,16 @@ def load_shards(folder: Path, known: set[str]) -> list[LatentPool]:
 
 
 class PoolFolder:
-    """The clips of a folder of shards: the first shard's for validation, all others to train on.
+    """The clips of a folder of shards, on the device: the first shard's for validation, all others to train on.
 
     Raises:
         UserError: fewer than two shards.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self.folder, self.device = folder, device
         self._known: set[str] = set()
-        shards = load_shards(folder, self._known)
+        shards = self._fresh()
         if len(shards) < 2:
             raise UserError(
                 f"{folder}: {len(shards)} shards of latents; expected two or more (the first is for validation). "
@@ -204,8 +205,11 @@ class PoolFolder:
 
     def take_up(self) -> None:
         """Train on the shards that have appeared meanwhile, too."""
-        if fresh := load_shards(self.folder, self._known):
+        if fresh := self._fresh():
             self.training = self.training.joined(fresh)
+
+    def _fresh(self) -> list[LatentPool]:
+        return [shard.to(self.device) for shard in load_shards(self.folder, self._known)]
 
 
 def _shard(path: Path) -> LatentPool:

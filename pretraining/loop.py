@@ -32,7 +32,7 @@ class Options:
         device: where to compute.
         save_seconds: how often the state is written.
         threads: of the CPU; two are worth 1.4 of one on two idle cores, and far less than one on busy ones.
-        compile: use torch.compile, which saves a third of a step on a CPU; needs a C++ compiler and two minutes.
+        compile: use torch.compile, which saves a third of a step on a CPU; needs a C++ compiler.
     """
 
     out: Path
@@ -63,8 +63,8 @@ class Training(ABC):
         self.step = 0
 
     @abstractmethod
-    def loss(self) -> tuple[torch.Tensor, dict[str, float]]:
-        """The loss of this process's clips of step `self.step`, and metrics to report."""
+    def loss(self) -> tuple[torch.Tensor, dict[str, torch.Tensor | float]]:
+        """The loss of this process's clips of step `self.step`, and metrics to report; tensors are not waited for."""
 
     @abstractmethod
     def evaluate(self, final: bool) -> dict[str, float]:
@@ -92,7 +92,7 @@ class Training(ABC):
             optimizer.load_state_dict(saved)
         self.step = state["step"]
 
-    def train_step(self) -> dict[str, float]:
+    def train_step(self) -> dict[str, torch.Tensor | float]:
         """One optimizer step; returns its metrics."""
         lr = self.options.lr * schedule(self.step, self.options.steps)
         for optimizer in self.optimizers:
@@ -110,8 +110,8 @@ class Training(ABC):
         return {**metrics, "lr": lr}
 
     def generator(self) -> torch.Generator:
-        """Noise of the present step."""
-        return torch.Generator().manual_seed(self.options.seed * 1_000_003 + self.step)
+        """Noise of the present step, drawn where it is used."""
+        return torch.Generator(self.options.device).manual_seed(self.options.seed * 1_000_003 + self.step)
 
 
 def schedule(step: int, steps: int) -> float:

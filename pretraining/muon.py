@@ -73,17 +73,19 @@ class Muon(torch.optim.Optimizer):
             _orthogonalise_shared(updates)
             for weights, update in zip(by_shape.values(), updates, strict=True):
                 size = group["lr"] * 0.2 * max(update.shape[1:]) ** 0.5
-                for weight, change in zip(weights, update, strict=True):
-                    weight.mul_(1 - group["lr"] * group["decay"]).add_(change.view_as(weight), alpha=-size)
+                changes = [change.view_as(weight) for weight, change in zip(weights, update, strict=True)]
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["decay"])
+                torch._foreach_add_(weights, changes, alpha=-size)
 
     def _directions(self, weights: list[nn.Parameter], shape: tuple[int, int], momentum: float) -> Tensor:
         """(weights, *shape), float32: where to go, before it is orthogonalised."""
-        directions = []
         for weight in weights:
-            mean = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
-            mean.lerp_(weight.grad, 1 - momentum)
-            directions.append(weight.grad.lerp(mean, momentum).reshape(shape))
-        return torch.stack(directions).float()
+            if "momentum" not in self.state[weight]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
+        gradients, means = [weight.grad for weight in weights], [self.state[weight]["momentum"] for weight in weights]
+        torch._foreach_lerp_(means, gradients, 1 - momentum)
+        directions = torch._foreach_lerp(gradients, means, momentum)
+        return torch.stack([direction.reshape(shape) for direction in directions]).float()
 
 
 def _orthogonalise_shared(stacks: list[Tensor]) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 
 class Reporter:
@@ -16,16 +19,16 @@ class Reporter:
         self.seconds = seconds
         self.first = step
         self.started = self.last = time.monotonic()
-        self.sums: dict[str, float] = {}
+        self.sums: dict[str, Tensor | float] = {}
         self.count = 0
 
-    def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Take the metrics of a finished step; print when the interval has passed."""
+    def step(self, step: int, metrics: Mapping[str, Tensor | float]) -> None:
+        """Take the metrics of a finished step; print when the interval has passed, which waits for those on a GPU."""
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.count += 1
         if time.monotonic() - self.last > self.seconds:
-            self.note(step, {name: value / self.count for name, value in self.sums.items()})
+            self.note(step, {name: float(value) / self.count for name, value in self.sums.items()})
             self.sums, self.count, self.last = {}, 0, time.monotonic()
 
     def note(self, step: int, metrics: dict[str, float]) -> None:

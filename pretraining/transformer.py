@@ -8,18 +8,20 @@ are taken up.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from loraedit_ext import flow
 from models.base import TIMESTEPS
-from models.layers import sinusoid
+from models.layers import TransformerBlock, sinusoid
 from models.wan.config import WanConfig
 from models.wan.encoders import WanVAE
 from models.wan.transformer import EmbedLayer, WanTransformer
@@ -62,27 +64,16 @@ def build(config: WanConfig, seed: int = 0) -> WanTransformer:
     return model
 
 
-def velocity(
-    model: WanTransformer, noisy: Tensor, timestep: Tensor, y: Tensor, text: Tensor, image: Tensor,
-    compute: Callable[..., Tensor] | None = None,
-) -> Tensor:
+def velocity(model: WanTransformer, noisy: Tensor, timestep: Tensor, y: Tensor, text: Tensor, image: Tensor) -> Tensor:
     """The model's output with gradients for every parameter.
 
     `WanTransformer.forward` detaches the embeddings on their way through the pipeline: a LoRA needs no gradient there,
-    pretraining does. Shapes as there; `compute` is `_velocity`, compiled or not.
+    pretraining does. Shapes as there.
     """
-    grid = tuple(size // step for size, step in zip(noisy.shape[2:], model.config.patch_size, strict=True))
-    rope = EmbedLayer(model).rope(grid).to(noisy.device)
-    return (compute or _velocity)(model, noisy, sinusoid(timestep, model.config.freq_dim), y, text, image, rope)
-
-
-def _velocity(
-    model: WanTransformer, noisy: Tensor, sine: Tensor, y: Tensor, text: Tensor, image: Tensor, rope: Tensor
-) -> Tensor:
-    """What torch.compile gets to see: everything with weights in it."""
     patches = model.patch_embedding(torch.cat([noisy, y], dim=1))
     frames, height, width = patches.shape[2:]
-    time = model.time_embedding(sine)
+    rope = _rope(model, (frames, height, width), noisy.device)
+    time = model.time_embedding(sinusoid(timestep, model.config.freq_dim))
     modulation = model.time_projection(time).unflatten(1, (6, -1))
     words, picture = model.text_embedding(text), model.img_emb(image)
     hidden = patches.flatten(2).transpose(1, 2).float()
@@ -95,11 +86,31 @@ def _velocity(
     )
 
 
+@lru_cache
+def _rope(model: WanTransformer, grid: tuple[int, int, int], device: torch.device) -> Tensor:
+    """Kept: made anew and sent to a GPU at every step, it would wait there for the step before."""
+    return EmbedLayer(model).rope(grid).to(device)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile for the blocks, in place: they share one compiled program a shape, made in seconds."""
+    for module in model.modules():
+        if isinstance(module, TransformerBlock):
+            module.compile(dynamic=False)
+
+
 def conditioning(condition: Tensor) -> Tensor:
     """(batch, 20, T, h, w): Wan's first-frame mask, 1 on latent frame 0, and the condition latents."""
     mask = torch.zeros_like(condition[:, :4])
     mask[:, :, 0] = 1
     return torch.cat([mask, condition], dim=1)
+
+
+def shares(folders: int, leading: float | None) -> list[float]:
+    """Of the steps, by folder; they add up to 1."""
+    if leading is None or folders == 1:
+        return [1 / folders] * folders
+    return [leading, *[(1 - leading) / (folders - 1)] * (folders - 1)]
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,7 @@ class Options(loop.Options):
 
     Attributes:
         latents: folders of shards that `pretraining.latents` fills; each step draws from one of them.
+        leading: share of the steps that draw from the first folder; None: from all alike.
         batch: clips of the first folder's size a step; of larger ones as many fewer.
         start: weights to begin from instead of fresh ones; a smaller model's are grown.
         vae: weigh the error in each latent channel by what this VAE's decoder makes of it; None: all alike.
@@ -115,6 +127,7 @@ class Options(loop.Options):
     """
 
     latents: Sequence[Path] = ()
+    leading: float | None = None
     batch: int = 16
     start: Path | None = None
     vae: Path | None = None
@@ -125,19 +138,19 @@ class TransformerTraining(loop.Training):
     """Flow matching on the latent pool, with an exponential moving average of the weights."""
 
     evaluate_every = 500
-    compute = staticmethod(_velocity)
-    """What torch.compile gets to see of `predict`."""
 
     def __init__(self, options: Options) -> None:
         self.batch, self.windows = options.batch, options.windows
-        self.compiled = torch.compile(self.compute, dynamic=False) if options.compile else self.compute
         model = self.fresh(options)
         if options.start:
             start = torch.load(options.start, weights_only=True, map_location="cpu")
             model.load_state_dict(grown(start, model.config))
         self.average = copy.deepcopy(model).requires_grad_(False).to(options.device)
-        self.silence = Conditioner().text("")
-        self.folders = [PoolFolder(folder) for folder in options.latents]
+        if options.compile:
+            compile_blocks(model)
+        self.silence = Conditioner().text("").to(options.device)
+        self.folders = [PoolFolder(folder, options.device) for folder in options.latents]
+        self.shares = shares(len(self.folders), options.leading)
         self.channel_weights = self._channel_weights(options)
         super().__init__(options, model, decay=0.01)
 
@@ -147,11 +160,9 @@ class TransformerTraining(loop.Training):
         return build(tiny_config(), options.seed)
 
     @staticmethod
-    def predict(
-        model: nn.Module, noisy: Tensor, t: Tensor, clips: LatentPool, compute: Callable[..., Tensor]
-    ) -> Tensor:
+    def predict(model: nn.Module, noisy: Tensor, t: Tensor, clips: LatentPool) -> Tensor:
         """Velocity (clips, 16, T, h, w) of noisy latents, conditioned as released."""
-        return velocity(model, noisy, t * TIMESTEPS, conditioning(clips.condition), clips.text, clips.image, compute)
+        return velocity(model, noisy, t * TIMESTEPS, conditioning(clips.condition), clips.text, clips.image)
 
     def _channel_weights(self, options: Options) -> Tensor | None:
         if options.vae is None:
@@ -169,39 +180,37 @@ class TransformerTraining(loop.Training):
         super().load_state(state)
         self.average.load_state_dict(state["average"])
 
-    def loss(self) -> tuple[Tensor, dict[str, float]]:
+    def loss(self) -> tuple[Tensor, dict[str, Tensor | float]]:
         if self.step % _LOOK_EVERY == 0:
             for folder in self.folders:
                 folder.take_up()
         noise = self.generator()
         clips = self._clips(noise)
-        t = flow.apply_shift(torch.sigmoid(torch.randn(len(clips), generator=noise)), SHIFT)
-        silent = torch.rand(len(clips), generator=noise) < TEXT_DROPOUT
-        clips.text[silent] = self.silence
-        eps, mine = torch.randn(clips.video.shape, generator=noise), replicas.own()
-        pair = self._velocities(self.model, clips.take(mine), t[mine], eps[mine], self.compiled)
+        count, on, mine = (len(clips),), noise.device, replicas.own()
+        t = flow.apply_shift(torch.sigmoid(torch.randn(count, generator=noise, device=on)), SHIFT)
+        silent = torch.rand(count, generator=noise, device=on) < TEXT_DROPOUT
+        clips.text = torch.where(silent[:, None, None], self.silence, clips.text)
+        eps = torch.randn(clips.video.shape, generator=noise, device=on)
+        pair = self._velocities(self.model, clips.take(mine), t[mine], eps[mine])
         value = flow.loss(*pair, self.channel_weights)
-        return value, {"loss": value.item(), "clips": sum(len(folder.training) for folder in self.folders)}
+        return value, {"loss": value.detach(), "clips": sum(len(folder.training) for folder in self.folders)}
 
     def _clips(self, noise: torch.Generator) -> LatentPool:
         """The step's batch for all processes, whole clips or windows, of one size."""
-        small = self.windows > 0 and torch.rand((), generator=noise).item() < self.windows
+        choices = np.random.default_rng([self.options.seed, self.step])  # on the host: a GPU's would have to be waited for
+        small = choices.random() < self.windows
         pools = [folder.training for folder in self.folders]
-        pool = pools[int(torch.randint(len(pools), (), generator=noise))] if len(pools) > 1 else pools[0]
+        pool = pools[choices.choice(len(pools), p=self.shares)]
         full = 4 * self.batch if small else self.batch
         count = replicas.shareable(max(1, round(full * pools[0].area / pool.area)))
-        clips = pool.take(torch.randint(len(pool), (count,), generator=noise))
+        clips = pool.take(torch.randint(len(pool), (count,), generator=noise, device=noise.device))
         return clips.windows(noise) if small else clips
 
-    def _velocities(
-        self, model: nn.Module, clips: LatentPool, t: Tensor, noise: Tensor, compute: Callable[..., Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def _velocities(self, model: nn.Module, clips: LatentPool, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Predicted and true."""
-        clips = clips.to(self.options.device)
-        x, eps, t = clips.video, noise.to(clips.video), t.to(clips.video)
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            predicted = self.predict(model, flow.add_noise(x, eps, t), t, clips, compute)
-        return predicted, flow.velocity(x, eps)
+        with torch.autocast(t.device.type, dtype=torch.bfloat16):
+            predicted = self.predict(model, flow.add_noise(clips.video, noise, t), t, clips)
+        return predicted, flow.velocity(clips.video, noise)
 
     def after_step(self) -> None:
         keep = min(EMA, 1 - 1 / (self.step / 4 + 1))  # follow closely at first
@@ -223,10 +232,10 @@ class TransformerTraining(loop.Training):
         `validation` weighs all channels alike, so that runs can be compared; `weighted` as in training.
         """
         generator = torch.Generator().manual_seed(5)
-        clips = held_out.take(torch.arange(len(held_out)))
-        t = flow.apply_shift(torch.linspace(0.02, 0.98, len(clips)), SHIFT)
-        noise = torch.randn(clips.video.shape, generator=generator)
-        pair = self._velocities(self.average, clips, t, noise, self.compute)
+        clips = held_out.take(slice(None))
+        t = flow.apply_shift(torch.linspace(0.02, 0.98, len(clips)), SHIFT).to(clips.video)
+        noise = torch.randn(clips.video.shape, generator=generator).to(clips.video)
+        pair = self._velocities(self.average, clips, t, noise)
         found = {"validation": flow.loss(*pair)}
         if self.channel_weights is not None:
             found["weighted"] = flow.loss(*pair, self.channel_weights)
@@ -237,6 +246,7 @@ def main() -> None:
     parser = loop.parser(__doc__, loop.Options(Path(), steps=12000, lr=2e-3))
     parser.add_argument("--latents", type=Path, nargs="+", required=True,
                         help="folders of encoded clips, each of one size; steps draw from one of them")
+    parser.add_argument("--leading", type=float, help="share of the steps on the first folder's clips; default: all alike")
     parser.add_argument("--batch", type=int, default=Options.batch)
     parser.add_argument("--start", type=Path, help="weights to begin from (pretraining.export --unpack)")
     parser.add_argument("--vae", type=Path, help="weigh latent channels by their part in this VAE's pictures")

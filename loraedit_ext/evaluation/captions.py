@@ -16,13 +16,14 @@ _OTHER_WORDS = ("on", "background", "camera", "panning", "still")
 _PACES = ((0.03, "barely"), (0.06, "gently"), (0.11, "slowly"), (0.2, ""), (0.35, "quickly"), (math.inf, "swiftly"))
 """Length of the way below which a word holds, in half shorter sides of the frame: 2, 4, 7, 13 and 22 pixels of 128."""
 _LEAST_WAY = _PACES[0][0]
-_LEAST_SPIN = 0.1  # radians
+_CARD_TURNS = {"left": "right", "up left": "down right", "up": "down", "up right": "down left"}
+_LEAST_CHANGE = 0.01  # of an outline, in the same units
 
 VOCABULARY: tuple[str, ...] = (
     *sorted({
         *PALETTE, *SHAPES, *PATTERNS, *(_TILE_WORDS.get(name, name) for name in TILES), *_MOTION_WORDS, *_OTHER_WORDS
     }),
-    *(word for _, word in _PACES if word), "clockwise", "anticlockwise",
+    *(word for _, word in _PACES if word), "clockwise", "anticlockwise", "growing", "shrinking",
 )
 """Every word that a caption may contain, commas apart. A word's place is its token, so later words stand last."""
 
@@ -47,7 +48,7 @@ def caption(scene: Scene, motion: bool = True) -> str:
 
 def _object(item: SceneObject, motion: bool) -> str:
     phrase = f"{_look(item.front)} {item.shape}"
-    return f"{phrase} {_movement(item.motion)}" if motion else phrase
+    return _joined(phrase, _way(item.motion), *_changes(item)) if motion else phrase
 
 
 def _look(texture: Texture) -> str:
@@ -58,22 +59,36 @@ def _look(texture: Texture) -> str:
     return " ".join(words)
 
 
-def _movement(motion: Motion) -> str:
-    """How far it goes in the clip, the most striking change of pose, and where it goes."""
+def _way(motion: Motion) -> str:
+    """How far it goes in the clip, and where."""
     x, y = centre(motion, np.linspace(0, 1, 13, dtype=np.float32))
     way = float(np.hypot(np.diff(x), np.diff(y)).sum())
     net = float(x[-1] - x[0]), float(y[-1] - y[0])
     straight = math.hypot(*net) > 0.7 * way
     place = _direction(net) if straight else "around" if motion.path == "arc" else "about"
-    return _joined(_pace(way), _change(motion), place if way > _LEAST_WAY else "")
+    return _joined(_pace(way), "moving", place if way > _LEAST_WAY else "")
 
 
-def _change(motion: Motion) -> str:
-    if motion.turn:
-        return "turning"
-    if abs(motion.spin) > _LEAST_SPIN:
-        return "spinning clockwise" if motion.spin > 0 else "spinning anticlockwise"
-    return "wobbling" if motion.wobble else "moving"
+def _changes(item: SceneObject) -> list[str]:
+    """Every change of pose, each with how far it carries the outline."""
+    motion = item.motion
+    stretch = motion.wobble * math.sin(2 * math.pi * min(motion.wobbles, 0.25))
+    changes = [
+        (motion.spin, "spinning clockwise" if motion.spin > 0 else "spinning anticlockwise"),
+        (motion.turn, f"turning {_turning(item)}"),
+        (motion.growth, "growing" if motion.growth > 0 else "shrinking"),
+        (stretch, "wobbling"),
+    ]
+    carried = [(abs(amount) * item.size, words) for amount, words in changes]
+    return [_joined(_pace(far), words) for far, words in carried if far > _LEAST_CHANGE]
+
+
+def _turning(item: SceneObject) -> str:
+    """Where the side that is seen goes as an object turns in depth; of a card, which looks the same turned back, one of two."""
+    across = item.motion.angle + item.motion.turn_axis + math.pi / 2
+    sign = math.copysign(1, item.motion.turn)
+    direction = _direction((sign * math.cos(across), sign * math.sin(across)))
+    return direction if item.shape == "ball" else _CARD_TURNS.get(direction, direction)
 
 
 def _camera(pan: Vector) -> str:

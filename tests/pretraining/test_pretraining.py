@@ -298,7 +298,7 @@ def test_decoder_only_training_leaves_the_encoder_alone(tmp_path: Path) -> None:
 def velocity_inputs() -> list[torch.Tensor]:
     """Random arguments of `transformer.velocity` behind the model: two clips of 2x4x4 latents."""
     noise = torch.Generator().manual_seed(0)
-    shapes = ((2, 16, 2, 4, 4), (2,), (2, 20, 2, 4, 4), (2, 32, encoders.TEXT_DIM), (2, 17, encoders.IMAGE_DIM))
+    shapes = ((2, 16, 2, 4, 4), (2,), (2, 20, 2, 4, 4), (2, encoders.TEXT_LEN, encoders.TEXT_DIM), (2, 17, encoders.IMAGE_DIM))
     return [torch.randn(shape, generator=noise) for shape in shapes]
 
 
@@ -422,9 +422,18 @@ def test_steps_draw_from_folders_of_several_sizes_fewer_clips_of_the_larger(
     large = make_pool(tmp_path / "large", start, 96)
     both = replace(options(pool, tmp_path, 1), latents=(pool, large), batch=9)
     training = transformer.TransformerTraining(both)
-    drawn = {(clips.video.shape[-1], len(clips)) for seed in range(40)
-             if (clips := training._clips(torch.Generator().manual_seed(seed)))}  # fmt: skip
-    assert drawn == {(8, 9), (4, 36), (12, 4), (6, 16)}
+
+    def drawn(steps: int) -> list[tuple[int, int]]:
+        """(side, clips) of the first steps' batches."""
+        batches = []
+        for training.step in range(steps):
+            batches.append(training._clips(training.generator()))
+        training.step = 0
+        return [(batch.video.shape[-1], len(batch)) for batch in batches]
+
+    assert set(drawn(40)) == {(8, 9), (4, 36), (12, 4), (6, 16)}
+    training.shares = transformer.shares(2, 0.9)
+    assert 0.03 < np.mean([side in (12, 6) for side, _ in drawn(200)]) < 0.2
     assert training.train_step()["clips"] == 8
     assert set(training.evaluate(final=True)) == {"validation", "validation_2"}
 
