@@ -83,7 +83,9 @@ class HostInputs:
         """Context in which what autograd saves, here a checkpoint's input, goes to the host."""
         return saved_tensors_hooks(self._pack, self._unpack)
 
-    def _pack(self, hidden: Tensor) -> _Kept:
+    def _pack(self, hidden: Tensor) -> _Kept | Tensor:
+        if not hidden.numel():  # a placeholder, which torch 2.11 saves beside the input
+            return hidden
         tensor = hidden.detach().contiguous()
         kept = _Kept(self, next(self._numbers), tensor, self._take(tensor.nbytes))
         self._kept[kept.number] = kept
@@ -91,7 +93,9 @@ class HostInputs:
         self._copy(kept, tensor, back=False)
         return kept
 
-    def _unpack(self, kept: _Kept) -> Tensor:
+    def _unpack(self, kept: _Kept | Tensor) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
         self._fetch(kept)
         tensor = self._leave(kept.number)
         before = self._kept.get(kept.number - 1)

@@ -33,6 +33,7 @@ class Options:
         save_seconds: how often the state is written.
         threads: of the CPU; two are worth 1.4 of one on two idle cores, and far less than one on busy ones.
         compile: use torch.compile, which saves a third of a step on a CPU; needs a C++ compiler.
+        stretch: plan the learning rate for as many steps as `minutes` will hold, instead of `steps`.
     """
 
     out: Path
@@ -43,6 +44,7 @@ class Options:
     device: str = "cpu"
     threads: int = 1
     compile: bool = False
+    stretch: bool = False
     save_seconds: float = 60.0
 
 
@@ -56,15 +58,18 @@ class Training(ABC):
         self.model = model.to(options.device)
         matrices, rest = split_parameters(self.model)
         self.trainable = matrices + rest
+        on_gpu = torch.device(options.device).type == "cuda"
+        self.rate = torch.tensor(options.lr, device=options.device) if on_gpu else options.lr
         self.optimizers: list[torch.optim.Optimizer] = [
-            Muon(matrices, options.lr, decay=decay),
-            torch.optim.AdamW(rest, options.lr, betas=(0.9, 0.98), weight_decay=decay),
+            Muon(matrices, self.rate, decay=decay),
+            torch.optim.AdamW(rest, self.rate, betas=(0.9, 0.98), weight_decay=decay, fused=on_gpu, capturable=on_gpu),
         ]
         self.step = 0
+        self.planned = options.steps
 
     @abstractmethod
-    def loss(self) -> tuple[torch.Tensor, dict[str, torch.Tensor | float]]:
-        """The loss of this process's clips of step `self.step`, and metrics to report; tensors are not waited for."""
+    def learn(self) -> dict[str, torch.Tensor | float]:
+        """`update` by the loss of this process's clips of the step; metrics to report, whose tensors nothing waits for."""
 
     @abstractmethod
     def evaluate(self, final: bool) -> dict[str, float]:
@@ -74,7 +79,7 @@ class Training(ABC):
     def weights(self) -> dict[str, dict[str, Any]]:
         """File name -> state dict of what is of use outside training."""
 
-    def after_step(self) -> None:
+    def after_update(self) -> None:
         """Called after every optimizer step."""
         return
 
@@ -94,24 +99,37 @@ class Training(ABC):
 
     def train_step(self) -> dict[str, torch.Tensor | float]:
         """One optimizer step; returns its metrics."""
-        lr = self.options.lr * schedule(self.step, self.options.steps)
+        lr = self.options.lr * schedule(self.step, self.planned)
+        self._set_rate(lr)
+        metrics = self.learn()
+        self.step += 1
+        return {**metrics, "lr": lr}
+
+    def update(self, loss: torch.Tensor) -> None:
+        """The weights, by the gradients of a loss."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-        loss, metrics = self.loss()
         loss.backward()
         replicas.average([weight.grad for weight in self.trainable if weight.grad is not None])
         torch.nn.utils.clip_grad_norm_(self.trainable, 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
-        self.after_step()
-        self.step += 1
-        return {**metrics, "lr": lr}
+        self.after_update()
+
+    def _set_rate(self, lr: float) -> None:
+        """On a GPU in a tensor, which a recorded step reads."""
+        self.rate = self.rate.fill_(lr) if isinstance(self.rate, torch.Tensor) else lr
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate
 
     def generator(self) -> torch.Generator:
         """Noise of the present step, drawn where it is used."""
         return torch.Generator(self.options.device).manual_seed(self.options.seed * 1_000_003 + self.step)
+
+
+_PACE_KNOWN = 200
+"""Steps of a run after which a stretched schedule trusts its pace."""
 
 
 def schedule(step: int, steps: int) -> float:
@@ -148,9 +166,13 @@ def run(training: Training) -> None:
     resume(training)
     reporter = None if replicas.rank() else Reporter(options.out / "log.jsonl", training.step, options.steps)
     started = saved = time.monotonic()
+    first = training.step
     while training.step < options.steps:
         metrics = training.train_step()
         now = time.monotonic()
+        if options.stretch and options.minutes is not None and training.step - first > _PACE_KNOWN:
+            left = max(0.0, 60 * options.minutes - (now - started))
+            training.planned = training.step + round(left * (training.step - first) / (now - started))
         if reporter:
             reporter.step(training.step, metrics)
             if training.step % training.evaluate_every == 0:
@@ -171,6 +193,8 @@ def parser(description: str | None, defaults: Options) -> argparse.ArgumentParse
     made.add_argument("--out", type=Path, required=True, help="folder of the state, the weights and the log")
     made.add_argument("--steps", type=int, default=defaults.steps, help="length of the whole schedule")
     made.add_argument("--minutes", type=float, help="stop after this long; run again to go on")
+    made.add_argument("--stretch", action="store_true",
+                      help="plan the learning rate for as many steps as fit into --minutes, instead of --steps")
     made.add_argument("--lr", type=float, default=defaults.lr)
     made.add_argument("--seed", type=int, default=defaults.seed)
     made.add_argument("--threads", type=int, default=defaults.threads, help="on a CPU; more than one only if it is idle")

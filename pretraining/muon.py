@@ -58,7 +58,7 @@ class Muon(torch.optim.Optimizer):
     rate serves both optimizers. Of several processes each orthogonalises its share; gradients must be averaged before.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.9, decay: float = 0.0) -> None:
+    def __init__(self, params: Iterable[nn.Parameter], lr: float | Tensor, momentum: float = 0.9, decay: float = 0.0) -> None:
         super().__init__(list(params), {"lr": lr, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()
@@ -72,10 +72,10 @@ class Muon(torch.optim.Optimizer):
             updates = [self._directions(weights, shape, group["momentum"]) for shape, weights in by_shape.items()]
             _orthogonalise_shared(updates)
             for weights, update in zip(by_shape.values(), updates, strict=True):
-                size = group["lr"] * 0.2 * max(update.shape[1:]) ** 0.5
+                update.mul_(group["lr"] * 0.2 * max(update.shape[1:]) ** 0.5)
                 changes = [change.view_as(weight) for weight, change in zip(weights, update, strict=True)]
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["decay"])
-                torch._foreach_add_(weights, changes, alpha=-size)
+                torch._foreach_sub_(weights, changes)
 
     def _directions(self, weights: list[nn.Parameter], shape: tuple[int, int], momentum: float) -> Tensor:
         """(weights, *shape), float32: where to go, before it is orthogonalised."""

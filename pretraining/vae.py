@@ -83,7 +83,13 @@ class VAETraining(loop.Training):
     def evaluate(self, final: bool) -> dict[str, float]:
         return evaluate(self.vae, 16 if final else 6)
 
-    def loss(self) -> tuple[Tensor, dict[str, float]]:
+    def learn(self) -> dict[str, Tensor | float]:
+        loss, metrics = self.loss()
+        self.update(loss)
+        return metrics
+
+    def loss(self) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """Of this process's clips of the step, with what to report of them."""
         options = self.options
         batch, mine = self._batch(), replicas.own()
         video = batch[mine].to(options.device)
@@ -92,7 +98,8 @@ class VAETraining(loop.Training):
             with torch.set_grad_enabled(not self.decoder_only):
                 mean, logvar = (part.float() for part in whole_clip.encode_moments(self.vae, video))
             logvar = logvar.clamp(-20, 10)
-            noise = torch.randn((len(batch), *mean.shape[1:]), generator=self.generator())[mine].to(mean)
+            generator = self.generator()
+            noise = torch.randn((len(batch), *mean.shape[1:]), generator=generator, device=generator.device)[mine]
             latents = mean + noise * (0.5 * logvar).exp()
             if down or right:
                 latents, video = shift.moved(latents, down, right), shift.same_part(video, down, right)
