@@ -96,7 +96,8 @@ def _join(alone: bool) -> World:
     backend = accelerator.communication_backend_name()
     if alone:
         # In memory instead of at a port, which another run may take at the same moment, and which all hosts could reach.
-        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        store, own = torch.distributed.HashStore(), None if device.type == "cpu" else device
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, device_id=own)
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=_TIMEOUT)
     return _world(device)
 
