@@ -173,6 +173,8 @@ def run(training: Training) -> None:
         if options.stretch and options.minutes is not None and training.step - first > _PACE_KNOWN:
             left = max(0.0, 60 * options.minutes - (now - started))
             training.planned = training.step + round(left * (training.step - first) / (now - started))
+            if reporter:
+                reporter.steps = training.planned
         if reporter:
             reporter.step(training.step, metrics)
             if training.step % training.evaluate_every == 0:
