@@ -24,15 +24,16 @@ _LONG = ("vae", "latents", "transformer")
 _LAUNCHER = ("torch.distributed.run", "--standalone", "--nproc-per-node")  # and "--": our --start is not its --start-method
 
 
-def recipe(out: Path, scale: float, size: int, device: str, compiled: bool) -> list[str]:
+def recipe(out: Path, scale: float, size: int, device: str, compiled: bool, recorded: bool) -> list[str]:
     """The commands without their `python -m pretraining.`
 
     Args:
         out: folder of everything made.
         scale: share of all steps and clips.
-        size: side of the clips in pixels; the transformer begins at half of it.
+        size: side of the clips in pixels; the transformer sees larger ones of half as much again in half of its steps.
         device: where to compute.
         compiled: use torch.compile.
+        recorded: replay the transformer's steps as CUDA graphs.
     """
 
     def count(full: int) -> int:
@@ -40,18 +41,18 @@ def recipe(out: Path, scale: float, size: int, device: str, compiled: bool) -> l
 
     to, on = shlex.quote(str(out)), f"--device {device}"
     training = f"{on} --compile" if compiled else on
-    small, full = (f"--latents {to}/latents-{side} --vae {to}/frozen.pt {training}" for side in (size // 2, size))
+    large = 3 * size // 2
     return [
         f"vae --out {to}/vae --steps {count(3500)} {training}",
         f"freeze --vae {to}/vae/vae.pt --out {to}/frozen.pt --clips {count(256)}",
-        f"latents --vae {to}/frozen.pt --out {to}/latents-{size // 2} --size {size // 2} --shards {count(450)} {on}",
-        f"transformer --out {to}/small --steps {count(24000)} --batch 32 {small}",
-        f"latents --vae {to}/frozen.pt --out {to}/latents-{size} --size {size} --shards {count(200)} {on}",
-        f"transformer --out {to}/transformer --start {to}/small/transformer.pt --steps {count(8000)} --batch 8 "
-        f"--windows 0.75 {full}",
+        *(f"latents --vae {to}/frozen.pt --out {to}/latents-{side} --size {side} --first {first} --shards {count(350)} {on}"
+          for side, first in ((large, 0), (size, 50_000))),
+        f"transformer --out {to}/transformer --steps {count(9000)} --batch 64 --windows 0.5 "
+        f"--latents {to}/latents-{large} {to}/latents-{size} --vae {to}/frozen.pt {training}{' --graphs' if recorded else ''}",
         f"vae --out {to}/decoder --start {to}/frozen.pt --decoder-only --steps {count(3000)} {training}",
         f"export --vae {to}/decoder/vae.pt --transformer {to}/transformer/transformer.pt --out {to}/tiny-wan-i2v",
-        f"evaluate {to}/tiny-wan-i2v --out {to}/evaluation --clips {count(64)} --rows {count(10)} --size {size} {on}",
+        f"evaluate {to}/tiny-wan-i2v --out {to}/evaluation --clips {count(64)} --rows {count(10)} --size {large} "
+        f"--guidance 2 {on}",
     ]
 
 
@@ -81,11 +82,12 @@ def main() -> None:
     )
     parser.add_argument("--size", type=int, default=clips.SIZE, help="side of the clips in pixels, a multiple of 32")
     parser.add_argument("--processes", type=int, default=1, help="that share the work: as many as idle cores, or as GPUs")
-    parser.add_argument("--compile", action="store_true", help="use torch.compile")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile; on one GPU CUDA graphs too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     try:
-        commands = recipe(options.out, options.scale, options.size, options.device, options.compile)
+        recorded = options.compile and options.device == "cuda" and options.processes == 1
+        commands = recipe(options.out, options.scale, options.size, options.device, options.compile, recorded)
         finished = run(commands, options.minutes, options.processes)
     except subprocess.CalledProcessError as error:
         raise SystemExit(error.returncode) from None

@@ -107,20 +107,12 @@ def conditioning(condition: Tensor) -> Tensor:
     return torch.cat([mask, condition], dim=1)
 
 
-def shares(folders: int, leading: float | None) -> list[float]:
-    """Of the steps, by folder; they add up to 1."""
-    if leading is None or folders == 1:
-        return [1 / folders] * folders
-    return [leading, *[(1 - leading) / (folders - 1)] * (folders - 1)]
-
-
 @dataclass(frozen=True)
 class Options(loop.Options):
     """A transformer run.
 
     Attributes:
         latents: folders of shards that `pretraining.latents` fills; each step draws from one of them.
-        leading: share of the steps that draw from the first folder; None: from all alike.
         batch: clips of the first folder's size a step; of larger ones as many fewer.
         start: weights to begin from instead of fresh ones; a smaller model's are grown.
         vae: weigh the error in each latent channel by what this VAE's decoder makes of it; None: all alike.
@@ -129,7 +121,6 @@ class Options(loop.Options):
     """
 
     latents: Sequence[Path] = ()
-    leading: float | None = None
     batch: int = 16
     start: Path | None = None
     vae: Path | None = None
@@ -153,7 +144,6 @@ class TransformerTraining(loop.Training):
             compile_blocks(model)
         self.silence = Conditioner().text("").to(options.device)
         self.folders = [PoolFolder(folder, options.device) for folder in options.latents]
-        self.shares = shares(len(self.folders), options.leading)
         self.channel_weights = self._channel_weights(options)
         super().__init__(options, model, decay=0.01)
         self.following = torch.zeros((), device=options.device)
@@ -219,7 +209,7 @@ class TransformerTraining(loop.Training):
         choices = np.random.default_rng([self.options.seed, self.step])  # on the host: a GPU's would have to be waited for
         small = choices.random() < self.windows
         pools = [folder.training for folder in self.folders]
-        pool = pools[choices.choice(len(pools), p=self.shares)]
+        pool = pools[choices.integers(len(pools))]
         full = 4 * self.batch if small else self.batch
         count = replicas.shareable(max(1, round(full * pools[0].area / pool.area)))
         clips = pool.take(torch.randint(len(pool), (count,), generator=noise, device=noise.device))
@@ -267,7 +257,6 @@ def main() -> None:
     parser = loop.parser(__doc__, loop.Options(Path(), steps=12000, lr=2e-3))
     parser.add_argument("--latents", type=Path, nargs="+", required=True,
                         help="folders of encoded clips, each of one size; steps draw from one of them")
-    parser.add_argument("--leading", type=float, help="share of the steps on the first folder's clips; default: all alike")
     parser.add_argument("--batch", type=int, default=Options.batch)
     parser.add_argument("--start", type=Path, help="weights to begin from (pretraining.export --unpack)")
     parser.add_argument("--vae", type=Path, help="weigh latent channels by their part in this VAE's pictures")
