@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from common.errors import UserError
 from common.files import write_atomic
 from pretraining import replicas
 from pretraining.muon import Muon, split_parameters
 from pretraining.report import Reporter
+
+_PACE_KNOWN = 200  # steps of a run after which a stretched schedule trusts its pace
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,10 @@ class Options:
     compile: bool = False
     stretch: bool = False
     save_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.stretch and self.minutes is None:
+            raise UserError("--stretch fits the schedule into --minutes: give both.")
 
 
 class Training(ABC):
@@ -94,6 +101,8 @@ class Training(ABC):
     def load_state(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            for group, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+                group |= {name: ours[name] for name in ("fused", "capturable") if name in ours}  # of this device
             optimizer.load_state_dict(saved)
         self.step = state["step"]
 
@@ -126,10 +135,6 @@ class Training(ABC):
     def generator(self) -> torch.Generator:
         """Noise of the present step, drawn where it is used."""
         return torch.Generator(self.options.device).manual_seed(self.options.seed * 1_000_003 + self.step)
-
-
-_PACE_KNOWN = 200
-"""Steps of a run after which a stretched schedule trusts its pace."""
 
 
 def schedule(step: int, steps: int) -> float:
@@ -170,23 +175,26 @@ def run(training: Training) -> None:
     while training.step < options.steps:
         metrics = training.train_step()
         now = time.monotonic()
-        if options.stretch and options.minutes is not None and training.step - first > _PACE_KNOWN:
-            left = max(0.0, 60 * options.minutes - (now - started))
-            training.planned = training.step + round(left * (training.step - first) / (now - started))
-            if reporter:
-                reporter.steps = training.planned
+        elapsed = now - started if options.minutes is None else replicas.agreed(now - started)
+        if options.stretch and training.step - first > _PACE_KNOWN:
+            training.planned = training.step + round(_seconds_left(options, elapsed) * (training.step - first) / elapsed)
         if reporter:
+            reporter.steps = training.planned
             reporter.step(training.step, metrics)
             if training.step % training.evaluate_every == 0:
                 reporter.note(training.step, training.evaluate(final=False))
         if now - saved > options.save_seconds:
             save(training)
             saved = now
-        if options.minutes is not None and replicas.agreed(now - started > 60 * options.minutes):
+        if not _seconds_left(options, elapsed):
             break
     save(training)
     if reporter:
         reporter.note(training.step, training.evaluate(final=True))
+
+
+def _seconds_left(options: Options, elapsed: float) -> float:
+    return math.inf if options.minutes is None else max(0.0, 60 * options.minutes - elapsed)
 
 
 def parser(description: str | None, defaults: Options) -> argparse.ArgumentParser:

@@ -427,6 +427,8 @@ def test_a_stretched_schedule_ends_with_the_time(pool: Path, tmp_path: Path, mon
     assert len(rates) == training.step > 10
     assert training.planned == pytest.approx(training.step, abs=2)
     assert max(rates[: len(rates) // 2]) > 10 * rates[-1]
+    with pytest.raises(UserError, match="--minutes"):
+        replace(options(pool, tmp_path, 1), stretch=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
