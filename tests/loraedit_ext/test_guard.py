@@ -9,11 +9,11 @@ Broken on purpose, one at a time, all in dB (still / panning task; whole: what i
 
 | broken | what failed | whole | broken |
 |---|---|---|---|
-| polarity: `masks.from_grey` takes black for edit | motion, nearer to edit than source | 12.1 / 3.1 | -14.3 / -12.8 |
-| packing: `masks.wan_channels` mixes up frames and channels | naive, background | 41.6 / 41.6 | 39.6 / 40.9 |
-| normalisation: `WanVAE.encode` returns latents as they are | appearance, background | 37.7 / 35.6 | 17.0 / 17.6 |
-| scheduler shift: `flow.inference_sigmas` leaves it out | naive, background | 41.6 / 41.56 | 41.7 / 41.36 |
-| LoRA scale: `lora.save` leaves alpha / rank out | appearance, background | 37.7 / 35.6 | 32.7 / 26.0 |
+| polarity: `masks.from_grey` takes black for edit | motion, nearer to edit than source | 11.5 / 3.5 | -21.0 / -18.0 |
+| packing: `masks.wan_channels` mixes up frames and channels | motion, nearer to edit than source (panning) | 3.5 | 0.0 |
+| normalisation: `WanVAE.encode` returns latents as they are | appearance, background | 37.5 / 32.6 | 16.9 / 17.6 |
+| scheduler shift: `flow.inference_sigmas` leaves it out | appearance, background (still) | 37.48 | 36.93 |
+| LoRA scale: `lora.save` leaves alpha / rank out | appearance, background | 37.5 / 32.6 | 29.2 / 23.8 |
 """
 
 from __future__ import annotations
