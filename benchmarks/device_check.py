@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
 import time
 import traceback
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.wan_step import IMAGE_TOKENS, device_name
 from common.errors import first_line
 from dataset.triple import EncodedTriple
 from loraedit_ext import lora
@@ -43,7 +43,7 @@ from models.wan.wrapper import WanI2V
 
 CPU = torch.device("cpu")
 HEAD, BLOCKS, SWAPPED = 128, 6, 3
-IMAGE_TOKENS, TEXT_TOKENS, TEXT_VALID = 257, 96, 70
+TEXT_TOKENS, TEXT_VALID = 96, 70
 TEXT_DIM, IMAGE_DIM, POOLED_DIM = 64, 80, 48
 FRAMES, SIDE = 13, 128
 
@@ -271,10 +271,6 @@ def flat(weights: Mapping[str, nn.Parameter]) -> Tensor:
 def distance(a: Tensor, b: Tensor) -> float:
     """Relative: ||a - b|| / ||b||."""
     return float((a - b).norm() / b.norm())
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -74,6 +74,7 @@ class LatentPool:
         """
         height, width = (side // 2 for side in self.video.shape[-2:])
         points = torch.multinomial(self.objects.flatten(1) + _ANYWHERE, 1, generator=generator)[:, 0]
+        # The point's place in the window:
         drift = 0.25 + 0.5 * torch.rand((2, len(self)), generator=generator, device=generator.device)
         tops = _on_tokens(points // self.objects.shape[-1] - height * drift[0], height)
         lefts = _on_tokens(points % self.objects.shape[-1] - width * drift[1], width)
