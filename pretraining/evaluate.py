@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from common.files import write_json_atomic
-from loraedit_ext import flow
+from loraedit_ext import cli, flow
 from loraedit_ext.evaluation.captions import caption
 from loraedit_ext.evaluation.rendering import render
 from loraedit_ext.evaluation.scenes import Scene
@@ -164,7 +165,7 @@ def draw(model: TinyModel, out: Path, count: int, size: int, guidance: float) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=loop.existing)
     parser.add_argument("--out", type=Path, required=True, help="folder of metrics.json and the sheets")
     parser.add_argument("--clips", type=int, default=64, help="held-out clips to measure on")
     parser.add_argument("--rows", type=int, default=10, help="scenes on the sheets")
@@ -185,4 +186,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.guarded(main, traceback=False))

@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from common.files import write_atomic
+from loraedit_ext import cli
 from models.wan.checkpoint import WanCheckpoint
 from models.wan.keys import vae_keys
 from models.wan.save import WanWeights, write_checkpoint
-from pretraining import encoders
+from pretraining import encoders, loop
 from pretraining.transformer import tiny_config
 
 State = dict[str, torch.Tensor]
@@ -49,9 +51,9 @@ def unpack(folder: Path) -> dict[str, State]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vae", type=Path)
-    parser.add_argument("--transformer", type=Path)
-    parser.add_argument("--unpack", type=Path, help="checkpoint folder to take apart instead")
+    parser.add_argument("--vae", type=loop.existing)
+    parser.add_argument("--transformer", type=loop.existing)
+    parser.add_argument("--unpack", type=loop.existing, help="checkpoint folder to take apart instead")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     if options.unpack:
@@ -67,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.guarded(main, traceback=False))

@@ -8,6 +8,7 @@ The encoder is rounded to bf16, as it is shipped, before any latent is cached.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from common.files import write_atomic
+from loraedit_ext import cli
 from loraedit_ext.evaluation.scenes import random_scene
 from models.wan import whole_clip
 from pretraining import clips, latents, loop
@@ -59,7 +61,7 @@ def round_encoder(vae: AutoencoderKLWan) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--vae", type=loop.existing, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--clips", type=int, default=256, help="clips to measure the latents on")
     options = parser.parse_args()
@@ -74,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.guarded(main, traceback=False))

@@ -9,12 +9,14 @@ two families' latents have one shape. Nothing ships these weights: they decide q
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from loraedit_ext import cli
 from models.base import TIMESTEPS
 from models.hunyuan.config import LATENT_CHANNELS, HunyuanConfig, rope_axes
 from models.hunyuan.transformer import ROPE_THETA, HunyuanTransformer, SingleBlock
@@ -115,7 +117,8 @@ class HunyuanTraining(TransformerTraining):
 
 def main() -> None:
     parser = loop.parser(__doc__, loop.Options(Path(), steps=4000, lr=2e-3))
-    parser.add_argument("--latents", type=Path, nargs="+", required=True, help="folders of encoded clips (pretraining.latents)")
+    parser.add_argument("--latents", type=loop.existing, nargs="+", required=True,
+                        help="folders of encoded clips (pretraining.latents)")
     parser.add_argument("--batch", type=int, default=Options.batch)
     options = Options(**vars(parser.parse_args()))
     loop.start(options.device, options.threads)
@@ -123,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.guarded(main, traceback=False))

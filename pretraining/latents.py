@@ -6,6 +6,7 @@ Run again to go on.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -22,6 +23,7 @@ from torch.nn.functional import avg_pool2d
 from common.errors import UserError
 from common.files import write_atomic
 from common.progress import progress
+from loraedit_ext import cli
 from loraedit_ext.evaluation.captions import caption
 from loraedit_ext.evaluation.rendering import Rendered, render
 from loraedit_ext.evaluation.scenes import Scene, another_future, random_scene
@@ -228,7 +230,7 @@ def main() -> None:
     from pretraining.vae import load_vae
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vae", type=Path, required=True, help="VAE weights from pretraining.freeze")
+    parser.add_argument("--vae", type=loop.existing, required=True, help="VAE weights from pretraining.freeze")
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--shards", type=int, default=300, help=f"how many, of {SHARD} clips each")
     parser.add_argument("--first", type=int, default=0, help="number of the first, for several processes side by side")
@@ -245,4 +247,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.guarded(main, traceback=False))

@@ -213,6 +213,14 @@ def parser(description: str | None, defaults: Options) -> argparse.ArgumentParse
     return made
 
 
+def existing(text: str) -> Path:
+    """An argument of `argparse` that names a file or folder that must be there."""
+    path = Path(text)
+    if not path.exists():
+        raise argparse.ArgumentTypeError(f"{path} is not there")
+    return path
+
+
 def start(device: str, threads: int = 1) -> None:
     """What every command of this package does first: limit its threads, meet the other processes."""
     limit_threads(device, threads)

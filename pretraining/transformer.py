@@ -8,6 +8,7 @@ are taken up.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +20,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from loraedit_ext import flow
+from common.errors import UserError
+from loraedit_ext import cli, flow
 from models.base import TIMESTEPS
 from models.layers import TransformerBlock, sinusoid
 from models.wan.config import WanConfig
@@ -126,6 +128,11 @@ class Options(loop.Options):
     vae: Path | None = None
     windows: float = 0.0
     graphs: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.graphs and not self.device.startswith("cuda"):
+            raise UserError(f"--graphs records steps on a GPU; --device is {self.device}, expected cuda. Leave --graphs out.")
 
 
 class TransformerTraining(loop.Training):
@@ -255,11 +262,11 @@ class TransformerTraining(loop.Training):
 
 def main() -> None:
     parser = loop.parser(__doc__, loop.Options(Path(), steps=12000, lr=2e-3))
-    parser.add_argument("--latents", type=Path, nargs="+", required=True,
+    parser.add_argument("--latents", type=loop.existing, nargs="+", required=True,
                         help="folders of encoded clips, each of one size; steps draw from one of them")
     parser.add_argument("--batch", type=int, default=Options.batch)
-    parser.add_argument("--start", type=Path, help="weights to begin from (pretraining.export --unpack)")
-    parser.add_argument("--vae", type=Path, help="weigh latent channels by their part in this VAE's pictures")
+    parser.add_argument("--start", type=loop.existing, help="weights to begin from (pretraining.export --unpack)")
+    parser.add_argument("--vae", type=loop.existing, help="weigh latent channels by their part in this VAE's pictures")
     parser.add_argument("--windows", type=float, default=Options.windows,
                         help="share of the steps on windows of half the size, four times as many a step")
     parser.add_argument("--graphs", action="store_true", help="on one GPU, replay steps as CUDA graphs")
@@ -269,4 +276,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.guarded(main, traceback=False))

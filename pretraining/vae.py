@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from loraedit_ext import cli
 from models.wan import whole_clip
 from pretraining import clips, loop, replicas, shift
 from pretraining.structured import calibrate, structure
@@ -174,7 +176,7 @@ def _coded_psnr(vae: AutoencoderKLWan, video: Tensor, by: int | None) -> float:
 
 def main() -> None:
     parser = loop.parser(__doc__, loop.Options(Path()))
-    parser.add_argument("--start", type=Path, help="vae.pt to begin from")
+    parser.add_argument("--start", type=loop.existing, help="vae.pt to begin from")
     parser.add_argument("--decoder-only", action="store_true", help="freeze the encoder")
     parser.add_argument("--shifted", type=float, default=0.0, metavar="SHARE",
                         help="share of steps on latents moved by a part of a latent, e.g. 0.6 (pretraining/shift.py)")
@@ -184,4 +186,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.guarded(main, traceback=False))

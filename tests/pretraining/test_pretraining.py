@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -487,3 +490,24 @@ def test_an_export_loads_like_any_checkpoint(start: vae.AutoencoderKLWan, videos
     assert torch.equal(features, Conditioner().text(prompt)[: len(features)])
     image = checkpoint.load_image_encoder().encode(clip[0, :, 0])
     torch.testing.assert_close(image, Conditioner().image(clip[:, :, 0])[0])
+
+
+def test_a_command_says_what_is_wrong_without_a_traceback(tmp_path: Path) -> None:
+    """The folder of latents is there and empty."""
+    done = subprocess.run([sys.executable, "-m", "pretraining.transformer", "--latents", ".", "--out", "out"], cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "0 shards of latents; expected two or more" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_arguments_that_cannot_be_are_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match="--device is cpu, expected cuda"):
+        transformer.Options(tmp_path, graphs=True)
+    monkeypatch.setattr(sys, "argv", ["latents", "--vae", "no.pt", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        latents.main()
+    assert "--vae: no.pt is not there" in capsys.readouterr().err
