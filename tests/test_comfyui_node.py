@@ -1,4 +1,4 @@
-"""The ComfyUI node tells the model exactly what training told it."""
+"""The ComfyUI nodes tell the model exactly what training told it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from loraedit_ext import masks
+from loraedit_ext.hunyuan import MaskedHunyuan
 from loraedit_ext.wan import MaskedWan
+from models.base import I2VModel
+from models.hunyuan.checkpoint import HunyuanCheckpoint
 from models.wan.checkpoint import WanCheckpoint
 
 NODE = Path(__file__).parents[1] / "examples" / "comfyui" / "__init__.py"
@@ -37,11 +40,17 @@ def media():
 class Vae:
     """ComfyUI's interface over our encoder: IMAGE in, latents before the model's normalisation out."""
 
-    def __init__(self, model: MaskedWan) -> None:
+    def __init__(self, model: I2VModel) -> None:
         self.model = model
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         return self.model.encode_video(images.movedim(-1, 0) * 2 - 1)[None]
+
+
+def condition_video(source: torch.Tensor, mask: torch.Tensor, edited: torch.Tensor, keep_outside: bool) -> torch.Tensor:
+    """The source with the edited first frame, (3, F, H, W) in [-1, 1], as `inference.py` has it."""
+    first = torch.where(mask[:1, ..., None] < 0.5, source[:1], edited) if keep_outside else edited
+    return torch.cat([first, source[1:]]).movedim(-1, 0) * 2 - 1
 
 
 def concat_cond(options: dict) -> torch.Tensor:
@@ -60,8 +69,7 @@ def test_the_model_gets_the_condition_of_our_own_inference(node, media, tiny_wan
         keep_outside=keep_outside,
     )
     preserve = masks.with_first_frame(mask < 0.5)
-    first = torch.where(mask[:1, ..., None] < 0.5, source[:1], edited) if keep_outside else edited
-    video = torch.cat([first, source[1:]]).movedim(-1, 0) * 2 - 1
+    video = condition_video(source, mask, edited, keep_outside)
     ours = model.encode_condition(video, preserve, video[:, 0], "p3rs0n, a square")["y"]
     for made in (positive, negative):
         features, options = made[0]
@@ -69,6 +77,33 @@ def test_the_model_gets_the_condition_of_our_own_inference(node, media, tiny_wan
         assert options["clip_vision_output"] == "clip"
         assert torch.allclose(concat_cond(options)[0], ours, atol=1e-5)
     assert text[0][1] == {"pooled_output": None}
+    assert latent["samples"].shape == (1, 16, 3, HEIGHT // 8, WIDTH // 8)
+
+
+def hunyuan_concat_cond(options: dict) -> torch.Tensor:
+    """How ComfyUI's HunyuanVideoI2V makes its 17 extra channels (`concat_keys`: concat_image, mask_inverted; equal sizes)."""
+    return torch.cat([options["concat_latent_image"], 1.0 - options["concat_mask"][:, :1].round()], dim=1)
+
+
+@pytest.mark.parametrize(("rule", "keep_outside", "whole"), [
+    ("all", True, False), ("nearest", True, False), ("all", False, False), ("all", True, True),
+])
+def test_hunyuan_gets_the_condition_of_our_own_inference(node, media, tiny_hunyuan, rule, keep_outside, whole):
+    """Also where a whole latent frame is to be generated, which stays zero."""
+    source, mask, edited = media
+    mask = mask.clone()
+    mask[5:] = 1 if whole else mask[5:]
+    model = MaskedHunyuan(HunyuanCheckpoint.open(tiny_hunyuan["latent_concat"]), torch.device("cpu"), rule)
+    text = [[torch.zeros(1, 3, 8), {"pooled_output": None}]]
+    positive, negative, latent = node.LoraEditConditionHunyuan().condition(
+        text, text, Vae(model), source, mask, edited, mask_rule=rule, keep_outside=keep_outside
+    )
+    video = condition_video(source, mask, edited, keep_outside)
+    ours = model.encode_condition(video, masks.with_first_frame(mask < 0.5), video[:, 0], "p3rs0n, a square")
+    for made in (positive, negative):
+        found = hunyuan_concat_cond(made[0][1])[0]
+        assert torch.allclose(found, torch.cat([ours["known"], ours["mask"]]), atol=1e-5)
+        assert found[:, 2].any() != whole
     assert latent["samples"].shape == (1, 16, 3, HEIGHT // 8, WIDTH // 8)
 
 
@@ -98,12 +133,13 @@ def test_media_that_do_not_fit_are_refused(node, media, spoil, words):
         node.LoraEditCondition().condition([], [], None, *spoil(*media))
 
 
-def test_comfyui_finds_the_node_and_its_inputs_are_its_arguments(node):
+def test_comfyui_finds_the_nodes_and_their_inputs_are_their_arguments(node):
     import inspect
 
-    kind = node.NODE_CLASS_MAPPINGS["LoraEditCondition"]
-    offered = kind.INPUT_TYPES()
-    assert [*offered["required"], *offered["optional"]] == list(inspect.signature(kind.condition).parameters)[1:]
-    assert hasattr(kind, kind.FUNCTION)
-    assert len(kind.RETURN_TYPES) == len(kind.RETURN_NAMES) == 3
+    assert {kind.__name__ for kind in node.NODE_CLASS_MAPPINGS.values()} == {"LoraEditCondition", "LoraEditConditionHunyuan"}
+    for kind in node.NODE_CLASS_MAPPINGS.values():
+        offered = kind.INPUT_TYPES()
+        assert [*offered["required"], *offered["optional"]] == list(inspect.signature(kind.condition).parameters)[1:]
+        assert hasattr(kind, kind.FUNCTION)
+        assert len(kind.RETURN_TYPES) == len(kind.RETURN_NAMES) == 3
     assert node.NODE_DISPLAY_NAME_MAPPINGS.keys() == node.NODE_CLASS_MAPPINGS.keys()

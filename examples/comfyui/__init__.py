@@ -1,4 +1,4 @@
-"""A node for ComfyUI that tells Wan2.1-I2V what our LoRAs are trained with: the source around the edit, and the mask.
+"""Nodes for ComfyUI that tell Wan2.1-I2V and HunyuanVideo-I2V what our LoRAs are trained with: source around the edit, mask.
 
 Copy this folder into ComfyUI's `custom_nodes` (docs/comfyui.md). It stands alone: ComfyUI brings torch, and nothing of this
 project is imported. A test holds it to the conditioning that training uses.
@@ -17,6 +17,24 @@ CELL, FRAMES_PER_LATENT, SIZE_STEP = 8, 4, 16
 GREY = 0.5
 
 
+def _inputs(**optional: Any) -> dict[str, Any]:
+    """What ComfyUI offers as inputs of either node."""
+    return {
+        "required": {
+            "positive": ("CONDITIONING",), "negative": ("CONDITIONING",), "vae": ("VAE",),
+            "source": ("IMAGE", {"tooltip": "the frames of the video, 4n+1 of them, sides multiples of 16"}),
+            "mask": ("MASK", {"tooltip": "white = edit; one for each frame, or one for all"}),
+            "edited_first_frame": ("IMAGE",),
+        },
+        "optional": {
+            **optional,
+            "mask_rule": (["all", "nearest"], {"tooltip": "mask_rule of the training run"}),
+            "keep_outside": ("BOOLEAN", {"default": True, "tooltip": "keep_outside of the job: of the edited first frame "
+                                         "only what lies inside the first mask counts"}),
+        },
+    }
+
+
 class LoraEditCondition:
     """Wan2.1-I2V conditioned on the edited first frame and on the source outside the mask (paper section 3.3.1)."""
 
@@ -27,42 +45,66 @@ class LoraEditCondition:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        """What ComfyUI offers as inputs."""
-        return {
-            "required": {
-                "positive": ("CONDITIONING",), "negative": ("CONDITIONING",), "vae": ("VAE",),
-                "source": ("IMAGE", {"tooltip": "the frames of the video, 4n+1 of them, sides multiples of 16"}),
-                "mask": ("MASK", {"tooltip": "white = edit; one for each frame, or one for all"}),
-                "edited_first_frame": ("IMAGE",),
-            },
-            "optional": {
-                "clip_vision_output": ("CLIP_VISION_OUTPUT", {"tooltip": "of the edited first frame"}),
-                "mask_rule": (["all", "nearest"], {"tooltip": "mask_rule of the training run"}),
-                "keep_outside": ("BOOLEAN", {"default": True, "tooltip": "keep_outside of the job: of the edited first frame "
-                                             "only what lies inside the first mask counts"}),
-            },
-        }
+        return _inputs(clip_vision_output=("CLIP_VISION_OUTPUT", {"tooltip": "of the edited first frame"}))
 
     def condition(
         self, positive: list[Any], negative: list[Any], vae: Any, source: Tensor, mask: Tensor, edited_first_frame: Tensor,
         clip_vision_output: Any = None, mask_rule: str = "all", keep_outside: bool = True,
     ) -> tuple[list[Any], list[Any], dict[str, Tensor]]:
         """Both conditionings with the condition latents and Wan's four mask channels, and an empty latent to start from."""
-        frames, height, width = source.shape[:3]
-        _check(source, mask, edited_first_frame)
-        preserve = (mask < GREY).expand(frames, -1, -1).clone()
-        first = edited_first_frame[:1, ..., :3]
-        if keep_outside:
-            first = torch.where(preserve[:1, ..., None], source[:1, ..., :3], first)
-        preserve[0] = True
-        video = torch.cat([first, source[1:, ..., :3]])
-        known = torch.where(preserve[..., None], video, GREY)
+        known, preserve = known_video(source, mask, edited_first_frame, keep_outside)
         values = {"concat_latent_image": vae.encode(known), "concat_mask": 1 - mask_channels(preserve, mask_rule)}
         if clip_vision_output is not None:
             values["clip_vision_output"] = clip_vision_output
-        latent_frames = 1 + (frames - 1) // FRAMES_PER_LATENT
-        empty = torch.zeros(1, 16, latent_frames, height // CELL, width // CELL)
-        return _with(positive, values), _with(negative, values), {"samples": empty}
+        return _with(positive, values), _with(negative, values), _empty(source)
+
+
+class LoraEditConditionHunyuan:
+    """HunyuanVideo-I2V's first weights ("v1 (concat)", latent_concat here) conditioned on the same.
+
+    ComfyUI tells the later ones ("v2 (replace)") of a known first frame only, so there is no node for them.
+    """
+
+    CATEGORY = LoraEditCondition.CATEGORY
+    RETURN_TYPES = LoraEditCondition.RETURN_TYPES
+    RETURN_NAMES = LoraEditCondition.RETURN_NAMES
+    FUNCTION = "condition"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return _inputs()
+
+    def condition(
+        self, positive: list[Any], negative: list[Any], vae: Any, source: Tensor, mask: Tensor, edited_first_frame: Tensor,
+        mask_rule: str = "all", keep_outside: bool = True,
+    ) -> tuple[list[Any], list[Any], dict[str, Tensor]]:
+        """Both conditionings with the condition latents and the mask channel, and an empty latent to start from.
+
+        Frame 0 is encoded alone: the VAE's norms look at all frames. A latent frame of which nothing is preserved is zero.
+        """
+        known, preserve = known_video(source, mask, edited_first_frame, keep_outside)
+        cells = mask_channels(preserve, mask_rule).amin(1, keepdim=True)
+        latents = torch.cat([vae.encode(known[:1]), vae.encode(known)[:, :, 1:]], dim=2)
+        latents = latents * cells.amax((3, 4), keepdim=True).to(latents)
+        values = {"concat_latent_image": latents, "concat_mask": 1 - cells}
+        return _with(positive, values), _with(negative, values), _empty(source)
+
+
+def known_video(source: Tensor, mask: Tensor, edited_first_frame: Tensor, keep_outside: bool) -> tuple[Tensor, Tensor]:
+    """The condition video (F, H, W, 3), grey where nothing is known, and bool (F, H, W), True = preserve."""
+    _check(source, mask, edited_first_frame)
+    preserve = (mask < GREY).expand(len(source), -1, -1).clone()
+    first = edited_first_frame[:1, ..., :3]
+    if keep_outside:
+        first = torch.where(preserve[:1, ..., None], source[:1, ..., :3], first)
+    preserve[0] = True
+    video = torch.cat([first, source[1:, ..., :3]])
+    return torch.where(preserve[..., None], video, GREY), preserve
+
+
+def _empty(source: Tensor) -> dict[str, Tensor]:
+    frames, height, width = source.shape[:3]
+    return {"samples": torch.zeros(1, 16, 1 + (frames - 1) // FRAMES_PER_LATENT, height // CELL, width // CELL)}
 
 
 def mask_channels(preserve: Tensor, rule: str) -> Tensor:
@@ -90,5 +132,8 @@ def _with(conditioning: list[Any], values: dict[str, Any]) -> list[Any]:
     return [[features, {**options, **values}] for features, options in conditioning]
 
 
-NODE_CLASS_MAPPINGS = {"LoraEditCondition": LoraEditCondition}
-NODE_DISPLAY_NAME_MAPPINGS = {"LoraEditCondition": "LoRA-Edit condition (Wan2.1 I2V)"}
+NODE_CLASS_MAPPINGS = {"LoraEditCondition": LoraEditCondition, "LoraEditConditionHunyuan": LoraEditConditionHunyuan}
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "LoraEditCondition": "LoRA-Edit condition (Wan2.1 I2V)",
+    "LoraEditConditionHunyuan": "LoRA-Edit condition (HunyuanVideo I2V, v1 concat)",
+}
