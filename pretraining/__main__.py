@@ -75,7 +75,7 @@ def run(commands: list[str], minutes: float | None, processes: int) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pretraining", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of everything made, about two gigabytes")
+    parser.add_argument("--out", type=Path, required=True, help="folder of everything made, about six gigabytes")
     parser.add_argument("--minutes", type=float, help="stop after this long; run again to go on")
     parser.add_argument(
         "--scale", type=float, default=1.0, help="share of all steps and clips; 0.001 tries everything out"
