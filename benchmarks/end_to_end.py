@@ -118,7 +118,7 @@ def region_psnr(edited: Path) -> float:
     return metrics.edited_quality(video[1:], truth[1:], preserve[1:]).psnr
 
 
-def line(name: str, found: Measured) -> str:
+def as_row(name: str, found: Measured) -> str:
     """A row of the table."""
     return (f"| {name} | {found.train_seconds:.1f} | {found.edit_seconds:.1f} | {found.step_seconds:.3f} | {found.peak_gb:.2f} "
             f"| {found.loss:.5f} | {found.psnr:.1f} |")  # fmt: skip
@@ -142,7 +142,7 @@ def main() -> None:
             if not (folder / SCORES).is_file():
                 rmtree(folder, ignore_errors=True)
                 write_json_atomic(folder / SCORES, vars(measure(row, options.steps, folder)))
-            lines.append(line(row.name, Measured(**json.loads((folder / SCORES).read_text(encoding="utf-8")))))
+            lines.append(as_row(row.name, Measured(**json.loads((folder / SCORES).read_text(encoding="utf-8")))))
         except UserError as error:
             lines.append(f"| {row.name} | {error} |" + " |" * 5)
         print(lines[-1], flush=True)

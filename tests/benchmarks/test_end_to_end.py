@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.end_to_end import ROWS, Row, line, measure
+from benchmarks.end_to_end import ROWS, Row, as_row, measure
 from common.errors import UserError
 
 
@@ -17,7 +17,7 @@ def test_a_row_trains_stops_goes_on_and_edits(tmp_path: Path) -> None:
     assert 0 < found.step_seconds < found.train_seconds
     assert 0.05 < found.loss < 1
     assert 5 < found.psnr < 30
-    assert line("fp32", found).count("|") == 8
+    assert as_row("fp32", found).count("|") == 8
 
 
 def test_a_row_that_fails_names_its_output(tmp_path: Path) -> None:
