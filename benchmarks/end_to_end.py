@@ -25,14 +25,14 @@ from benchmarks.wan_step import device_name
 from common import with_parent
 from common.errors import UserError
 from common.files import write_json_atomic, write_text_atomic
-from dataset.job import grey_levels
-from dataset.video import read_media
-from loraedit_ext import masks
 from loraedit_ext.evaluation import metrics
+from loraedit_ext.evaluation.subject import Files, from_files
+from loraedit_ext.metrics import history
 from loraedit_ext.results import EDITED_FRAMES
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "examples" / "demo"
+CONFIG = ("--config", str(DEMO / "edit.toml"))
 SCORES = "scores.json"
 
 
@@ -84,22 +84,19 @@ def measure(row: Row, steps: int, out: Path) -> Measured:
     halves = [steps // 2, steps] if row.stopped else [steps]
     for number, half in enumerate(halves):
         resumed = ["--resume_from_checkpoint"] if number else []
-        call([*program, "train.py", *config(), *common, f"stage.1.steps={half}", *resumed], out / f"train_{number}.log")
+        call([*program, "train.py", *CONFIG, *common, f"stage.1.steps={half}", *resumed], out / f"train_{number}.log")
     trained = time.perf_counter()
     result = out / "result"
-    edit = ["inference.py", *config(), "--out", str(result.resolve()), *common, f"stage.1.steps={steps}", "edit.output=png"]
+    edit = ["inference.py", *CONFIG, "--out", str(result.resolve()), *common, f"stage.1.steps={steps}", "edit.output=png"]
     call([sys.executable, *edit], out / "edit.log")
-    told = [json.loads(line) for path in sorted((out / "runs").rglob("metrics.jsonl")) for line in path.open(encoding="utf-8")]
+    (run,) = (out / "runs").iterdir()
+    told = history(run)
     return Measured(
         trained - started, time.perf_counter() - trained,
-        statistics.median(line["train/step_seconds"] for line in told if "train/step_seconds" in line),
-        max(line["train/memory_gb"] for line in told if "train/memory_gb" in line),
-        [line["motion/loss"] for line in told if "motion/loss" in line][-1], region_psnr(result / EDITED_FRAMES),
+        statistics.median(each["train/step_seconds"] for each in told if "train/step_seconds" in each),
+        max(each["train/memory_gb"] for each in told if "train/memory_gb" in each),
+        [each["motion/loss"] for each in told if "motion/loss" in each][-1], region_psnr(result / EDITED_FRAMES),
     )
-
-
-def config() -> list[str]:
-    return ["--config", str(DEMO / "edit.toml")]
 
 
 def call(command: list[str], log: Path) -> None:
@@ -112,10 +109,11 @@ def call(command: list[str], log: Path) -> None:
 
 def region_psnr(edited: Path) -> float:
     """PSNR in dB of an edit of the demo in its masks, frame 0 left out, against the truth."""
-    video, truth = read_media(edited).frames, read_media(DEMO / "truth").frames
-    grey = torch.from_numpy(grey_levels(DEMO / "mask", read_media(DEMO / "mask").frames))
-    preserve = masks.from_grey(grey, str(DEMO / "mask")).numpy()
-    return metrics.edited_quality(video[1:], truth[1:], preserve[1:]).psnr
+    subject = from_files(Files(
+        source=DEMO / "source", edited=edited, mask=DEMO / "mask", reference=DEMO / "edited_00000.png", truth=DEMO / "truth"
+    ))
+    assert subject.truth is not None, "it was given"
+    return metrics.edited_quality(subject.edited[1:], subject.truth[1:], subject.preserve[1:]).psnr
 
 
 def as_row(name: str, found: Measured) -> str:

@@ -35,13 +35,17 @@ def _inputs(**optional: Any) -> dict[str, Any]:
     }
 
 
-class LoraEditCondition:
-    """Wan2.1-I2V conditioned on the edited first frame and on the source outside the mask (paper section 3.3.1)."""
+class _Node:
+    """What ComfyUI asks of either node."""
 
     CATEGORY = "conditioning/video_models"
     RETURN_TYPES = ("CONDITIONING", "CONDITIONING", "LATENT")
     RETURN_NAMES = ("positive", "negative", "latent")
     FUNCTION = "condition"
+
+
+class LoraEditCondition(_Node):
+    """Wan2.1-I2V conditioned on the edited first frame and on the source outside the mask (paper section 3.3.1)."""
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -59,16 +63,11 @@ class LoraEditCondition:
         return _with(positive, values), _with(negative, values), _empty(source)
 
 
-class LoraEditConditionHunyuan:
+class LoraEditConditionHunyuan(_Node):
     """HunyuanVideo-I2V's first weights ("v1 (concat)", latent_concat here) conditioned on the same.
 
     ComfyUI tells the later ones ("v2 (replace)") of a known first frame only, so there is no node for them.
     """
-
-    CATEGORY = LoraEditCondition.CATEGORY
-    RETURN_TYPES = LoraEditCondition.RETURN_TYPES
-    RETURN_NAMES = LoraEditCondition.RETURN_NAMES
-    FUNCTION = "condition"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
