@@ -236,6 +236,9 @@ class EditSettings(Settings):
     """Put the source's own pixels back wherever the mask preserves them."""
     feather: int = Field(8, ge=0)
     """Width of the blend inside the edited region, next to preserved pixels, in pixels of the result."""
+    color_match: int = Field(16, ge=0)
+    """How far, in pixels of the result, generated colours are led to the source's along the border of the region: the model
+    makes the preserved pixels too, so by how much it is off is known there. 0: not at all. See docs/masks.md."""
     output: Literal["mp4", "png"] = "mp4"
     size: Literal["source", "model"] = "source"
     """Of the result: the `source`'s own, with the region scaled up to it, or the one that the `model` works at. Without

@@ -15,10 +15,11 @@ from common.files import hash_file
 from dataset.cache import LatentCache
 from dataset.job import FIELDS_BEFORE, EditJob
 from loraedit_ext import guidance, lora, masks, pieces, regimes
+from loraedit_ext.compositing import finished
 from loraedit_ext.config import RunConfig
 from loraedit_ext.encode import encode_all
 from loraedit_ext.pipeline import World, autocast
-from loraedit_ext.sampling import Forward, finished, sample_latents
+from loraedit_ext.sampling import Forward, sample_latents
 from models.base import TIMESTEPS, I2VModel, release_memory
 
 

@@ -15,8 +15,8 @@ from common.errors import UserError
 from dataset.job import EditJob
 from dataset.triple import Triple
 from loraedit_ext import pieces, regimes
+from loraedit_ext.compositing import is_laid_back, result_size
 from loraedit_ext.config import OFFLOAD, EditSettings, RunConfig, StageSettings
-from loraedit_ext.sampling import is_laid_back, result_size
 from models.base import I2VModel
 from models.layers import PipelineLayer
 from models.offload import ON_DEVICE

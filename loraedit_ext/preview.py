@@ -15,11 +15,12 @@ from dataset.resize import Fit, Grid, fit
 from dataset.triple import EncodedTriple, Triple
 from dataset.video_writer import write_mp4
 from loraedit_ext import regimes
+from loraedit_ext.compositing import finished
 from loraedit_ext.config import EditSettings, PreviewSettings, RunConfig
 from loraedit_ext.encode import Unconditional
 from loraedit_ext.guidance import Pass, passes, told
 from loraedit_ext.metrics import Clip
-from loraedit_ext.sampling import Forward, finished, sample_latents
+from loraedit_ext.sampling import Forward, sample_latents
 from models.base import Geometry, I2VModel
 
 FOLDER = "previews"

@@ -22,11 +22,11 @@ from common.settings import chosen
 from dataset.images import write_png
 from dataset.job import EditJob
 from dataset.video_writer import write_images, write_lossless, write_mp4
+from loraedit_ext.compositing import finished_at_source_size, is_laid_back, result_size
 from loraedit_ext.config import RunConfig
 from loraedit_ext.editor import Edit
 from loraedit_ext.lora import LoraFile
 from loraedit_ext.pictures import contact_sheet, overlaid, side_by_side
-from loraedit_ext.sampling import finished_at_source_size, is_laid_back, result_size
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "deepspeed")
 EDITED_VIDEO, EDITED_FRAMES, GENERATED, RECORD = "edited.mp4", "edited", "generated.mkv", "edited.json"

@@ -20,8 +20,8 @@ from dataset.video import hash_media, read_media
 from dataset.video_writer import even_size
 from loraedit_ext import masks, regimes, results
 from loraedit_ext import run as runs
+from loraedit_ext.compositing import is_laid_back
 from loraedit_ext.config import EditSettings, RunConfig
-from loraedit_ext.sampling import is_laid_back
 
 
 @dataclass(frozen=True, eq=False)

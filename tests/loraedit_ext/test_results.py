@@ -15,7 +15,7 @@ from dataset.job import load_job
 from dataset.resize import Grid
 from dataset.video import read_media
 from dataset.video_writer import write_images
-from loraedit_ext import plan, results, sampling
+from loraedit_ext import compositing, plan, results
 from loraedit_ext.config import EditSettings, EvaluationSettings, load_config
 from loraedit_ext.editor import Edit
 from loraedit_ext.evaluation.judge import judge
@@ -24,6 +24,8 @@ from loraedit_ext.lora import LoraFile
 
 FRAMES, WIDTH, HEIGHT = 5, 101, 67
 BOX = (slice(25, 55), slice(40, 80))
+HARD = ("edit.feather=0", "edit.color_match=0")
+"""No seam: inside the region there is what the model made, and nothing else."""
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def written(folder, *overrides, **job_changes):
     job = load_job(folder / "job.toml", Grid(), job_changes)
     config = load_config(folder / "edit.toml", ["edit.output=png", *overrides])
     generated = np.random.default_rng(1).integers(0, 256, job.frames.shape, np.uint8)
-    edit = Edit(sampling.finished(job, generated, config.edit), generated, {})
+    edit = Edit(compositing.finished(job, generated, config.edit), generated, {})
     results.write(folder / "edit", edit, job, config, LoraFile(folder / "adapter_model.safetensors", {}, {}))
     name = "edited" if config.edit.output == "png" else "edited.mp4"
     return job, generated, read_media(folder / "edit" / name).frames
@@ -64,7 +66,7 @@ def source_of(folder):
 
 
 def test_the_result_has_the_sources_size_and_its_pixels_wherever_the_mask_is_black(folder):
-    job, generated, out = written(folder, "edit.feather=0")
+    job, generated, out = written(folder, *HARD)
     source, mask = source_of(folder), read_image(folder / "mask.png")[..., 0]
     assert job.size == (96, 64)
     assert out.shape == source.shape
@@ -104,7 +106,7 @@ def test_what_an_edited_picture_changes_outside_the_mask_counts_only_if_it_is_le
 
 
 def test_a_crop_is_laid_back_pixel_by_pixel(folder):
-    job, generated, out = written(folder, "edit.feather=0", crop=[32, 16, 64, 48])
+    job, generated, out = written(folder, *HARD, crop=[32, 16, 64, 48])
     assert job.size == (64, 48)
     source, mask = source_of(folder), read_image(folder / "mask.png")[..., 0]
     assert (out[1:, mask == 0] == source[1:, mask == 0]).all()
@@ -122,7 +124,7 @@ def test_a_crop_that_is_worked_on_at_the_sources_own_size_is_cut_and_laid_back(f
     write_images(folder / "source", even["source"])
     write_png(folder / "mask.png", even["mask"])
     write_png(folder / "first.png", 255 - even["source"][0])
-    job, generated, out = written(folder, "edit.feather=0", crop=[36, 21, 48, 32], size=[96, 64])
+    job, generated, out = written(folder, *HARD, crop=[36, 21, 48, 32], size=[96, 64])
     assert job.size == job.original_size == (96, 64)
     assert (job.frames[0] == job.fit.image(even["source"][0])).all()
     assert (out[1:, even["mask"] == 0] == even["source"][1:, even["mask"] == 0]).all()
@@ -145,7 +147,7 @@ def test_an_edit_beyond_the_crop_does_not_flash_up_in_frame_0(folder):
 
 def test_an_edited_frame_of_the_working_size_gives_its_region_alone(folder):
     write_png(folder / "first.png", np.full((64, 96, 3), 7, np.uint8))
-    _, _, out = written(folder, "edit.feather=0")
+    _, _, out = written(folder, *HARD)
     mask = read_image(folder / "mask.png")[..., 0]
     assert (out[0, mask == 0] == source_of(folder)[0, mask == 0]).all()
     assert (out[0, mask > 0] == 7).all()
@@ -155,7 +157,7 @@ def test_the_feather_is_measured_in_the_results_pixels(folder):
     write_images(folder / "source", np.zeros((FRAMES, HEIGHT, WIDTH, 3), np.uint8))
     job = load_job(folder / "job.toml", Grid())
     white = np.full(job.frames.shape, 255, np.uint8)
-    row = sampling.finished_at_source_size(job, white, EditSettings(feather=10))[1, 45, :, 0].astype(int)
+    row = compositing.finished_at_source_size(job, white, EditSettings(feather=10, color_match=0))[1, 45, :, 0].astype(int)
     assert (row[:40] == 0).all()
     assert row[40:50] == pytest.approx(25.5 * np.arange(1, 11), abs=0.5)
     assert (row[50:70] == 255).all()
@@ -165,7 +167,7 @@ def test_the_feather_is_measured_in_the_results_pixels(folder):
 def test_the_result_stays_as_the_model_works_where_that_is_asked_for(folder, override):
     job, generated, out = written(folder, override)
     config = load_config(folder / "edit.toml", [override])
-    assert (out == sampling.finished(job, generated, config.edit)).all()
+    assert (out == compositing.finished(job, generated, config.edit)).all()
     assert "result    96x64, the size that the model works at" in plan.describe_result(job, config.edit)
 
 

@@ -1,0 +1,135 @@
+"""From generated frames to those of the result: the source's pixels put back exactly, colours led to them, a soft seam.
+
+Axes: F frames, H W pixels.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from common.progress import stepping
+from dataset.job import EditJob
+from dataset.original import at_source_size
+from dataset.resize import Size
+from loraedit_ext import masks, regimes
+from loraedit_ext.config import EditSettings
+
+DRIFT = 32.0
+"""Grey levels by which a colour may have drifted; what differs by more is taken for another content and hardly counts."""
+
+
+def finished(job: EditJob, generated: np.ndarray, settings: EditSettings) -> np.ndarray:
+    """The frames of an edit as [edit] wants them, from the generated ones: composited, or as they are."""
+    if not settings.composite:
+        return generated
+    preserve = masks.with_first_frame(regimes.preserve_mask(job)).numpy()
+    return composite(regimes.with_first_edit(job), generated, preserve, settings.feather, settings.color_match)
+
+
+def result_size(job: EditJob, settings: EditSettings) -> Size:
+    """(width, height) of the result: without compositing nothing of the source is in it, and it stays as the model made it."""
+    return job.original_size if settings.size == "source" and settings.composite else job.size
+
+
+def is_laid_back(job: EditJob, settings: EditSettings) -> bool:
+    """Whether the result is the source's own frames with what was generated laid over them, cut or scaled as it was."""
+    return settings.size == "source" and settings.composite and not job.fit.whole
+
+
+def finished_at_source_size(job: EditJob, generated: np.ndarray, settings: EditSettings) -> np.ndarray:
+    """The edit at the source's own size: the generated region scaled up, over the source's own frames.
+
+    Args:
+        generated: uint8 (F, h, w, 3) at the working size, before compositing.
+
+    Returns:
+        uint8 (F, H, W, 3). Frame 0 is the edited picture where that was given at this size.
+
+    Raises:
+        UserError: the job's files have changed since it was read.
+    """
+    whole = at_source_size(job)
+    preserve = regimes.preserve_mask(whole).numpy()
+    preserve[0] &= whole.first_edit.enlarged  # a picture of this size is taken as it was given
+    for index, frame in enumerate(stepping(whole.frames, "compositing")):
+        if index == 0:
+            frame[:] = blended(frame, regimes.first_picture(whole), preserve[0], settings.feather)
+        else:
+            made = job.fit.laid_over(frame, generated[index])
+            frame[:] = blended(frame, color_matched(frame, made, preserve[index], settings.color_match), preserve[index],
+                               settings.feather)  # fmt: skip
+    return whole.frames
+
+
+def composite(kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray, feather: int, reach: int) -> np.ndarray:
+    """Put preserved pixels back exactly, with colours that meet them and a soft seam inside the edited region.
+
+    Args:
+        kept: uint8 (F, H, W, 3): the source, frame 0 edited.
+        generated: uint8 (F, H, W, 3).
+        preserve: bool (F, H, W).
+        feather: width in pixels of the seam; at this distance from a preserved pixel only the generated one counts.
+        reach: of `color_matched`.
+    """
+    out = np.empty_like(generated)
+    for index, mask in enumerate(stepping(preserve, "compositing")):
+        out[index] = blended(kept[index], color_matched(kept[index], generated[index], mask, reach), mask, feather)
+    return out
+
+
+def blended(kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray, feather: int) -> np.ndarray:
+    """One frame: the generated picture, (H, W, 3) of any type, inside the region, and uint8 `kept` outside."""
+    weight = seam_weight(preserve, feather)[..., None]
+    mixed = kept * (1 - weight) + generated * weight
+    return np.where(preserve[..., None], kept, np.rint(mixed).astype(np.uint8))
+
+
+def seam_weight(preserve: np.ndarray, feather: int) -> np.ndarray:
+    """Weight of the generated pixel, float32 (H, W): 0 where preserved, rising to 1 over `feather` pixels."""
+    if feather == 0 or not preserve.any():
+        return (~preserve).astype(np.float32)
+    return np.clip(_distance(~preserve) / feather, 0, 1, dtype=np.float32)
+
+
+def color_matched(kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray, reach: int) -> np.ndarray:
+    """A generated frame whose colours meet the preserved ones at the border of the region.
+
+    The model makes the preserved pixels too, so how far its colours are off is known beside the region. The mean of that
+    over preserved pixels, by a Gaussian of a quarter of the reach, is added inside and fades to nothing over the reach.
+    Differences beyond `DRIFT` are another content (an object that the mask cuts off), and count the less the larger they are.
+
+    Args:
+        kept: uint8 (H, W, 3), the source.
+        generated: uint8 (H, W, 3).
+        preserve: bool (H, W).
+        reach: in pixels; 0 changes nothing.
+
+    Returns:
+        float32 (H, W, 3) within 0 to 255.
+    """
+    out = generated.astype(np.float32)
+    if reach == 0 or preserve.all() or not preserve.any():
+        return out
+    window = _around(~preserve, 2 * reach)
+    known = preserve[window].astype(np.float32)
+    off = kept[window].astype(np.float32) - out[window]
+    likely = known / (1 + (np.abs(off).max(-1) / DRIFT) ** 2)
+    mean = _blurred(off * likely[..., None], reach / 4) / np.maximum(_blurred(known, reach / 4), 1e-4)[..., None]
+    out[window] += mean * np.clip(1 - _distance(~preserve[window]) / reach, 0, 1)[..., None]
+    return np.clip(out, 0, 255, out=out)
+
+
+def _around(region: np.ndarray, margin: int) -> tuple[slice, slice]:
+    """The part of a picture that holds a region, wider by a margin: all that its border can depend on."""
+    rows, columns = (np.flatnonzero(region.any(axis)) for axis in (1, 0))
+    return tuple(slice(max(0, found[0] - margin), found[-1] + margin + 1) for found in (rows, columns))
+
+
+def _blurred(picture: np.ndarray, sigma: float) -> np.ndarray:
+    return cv2.GaussianBlur(picture, (0, 0), sigma, borderType=cv2.BORDER_REFLECT)
+
+
+def _distance(region: np.ndarray) -> np.ndarray:
+    """Distance in pixels to the nearest pixel outside of the region, float32 (H, W)."""
+    return cv2.distanceTransform(region.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)

@@ -1,0 +1,86 @@
+"""Compositing: preserved pixels to the bit, the seam, and colours that meet the source's at the border."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from loraedit_ext import compositing
+
+SIZE = 64
+BOX = (slice(16, 48), slice(20, 44))
+
+
+def scene() -> tuple[np.ndarray, np.ndarray]:
+    """A textured picture, uint8 (H, W, 3), and the preserved part of it, which holds all but a box."""
+    picture = np.random.default_rng(0).integers(60, 200, (SIZE, SIZE, 3)).astype(np.uint8)
+    preserve = np.ones((SIZE, SIZE), bool)
+    preserve[BOX] = False
+    return picture, preserve
+
+
+def test_the_seam_rises_inside_the_region_only():
+    preserve = np.ones((1, 40, 40), bool)
+    preserve[0, 10:30, 10:30] = False
+    kept, generated = np.full((1, 40, 40, 3), 50, np.uint8), np.full((1, 40, 40, 3), 250, np.uint8)
+    out = compositing.composite(kept, generated, preserve, feather=5, reach=0)[0, 20, :, 0].astype(int)
+    assert (out[:10] == 50).all()
+    assert (out[30:] == 50).all()
+    assert (out[15:25] == 250).all()
+    assert (np.diff(out[9:15]) > 0).all()
+
+
+def test_feather_0_is_a_hard_edge_and_a_wholly_open_frame_has_no_seam():
+    preserve = np.ones((2, 8, 8), bool)
+    preserve[0, 2:6, 2:6] = False
+    preserve[1] = False
+    kept, generated = np.zeros((2, 8, 8, 3), np.uint8), np.full((2, 8, 8, 3), 9, np.uint8)
+    hard = compositing.composite(kept, generated, preserve, feather=0, reach=0)
+    assert set(np.unique(hard[0])) == {0, 9}
+    assert (compositing.composite(kept, generated, preserve, feather=4, reach=8)[1] == 9).all()
+
+
+@pytest.mark.parametrize("drift", [(9, 9, 9), (-12, 0, 6)])
+def test_a_drift_of_colours_is_undone_at_the_border_and_fades_inside(drift: tuple[int, ...]) -> None:
+    truth, preserve = scene()
+    made = (truth + np.array(drift)).astype(np.uint8)
+    left = np.abs(compositing.color_matched(truth, made, preserve, reach=8) - truth).mean(-1)
+    border, inside, middle = left[16, 24:40].mean(), left[20, 24:40].mean(), left[30:34, 30:34].mean()
+    assert border < 0.3 * middle
+    assert border < inside < middle == pytest.approx(np.abs(drift).mean())
+
+
+def test_what_an_object_does_beyond_the_mask_is_no_drift() -> None:
+    """It is cut off there; its colour must not bleed into the region, as the mean of the differences would have it."""
+    truth, preserve = scene()
+    made = truth.copy()
+    made[4:60, 30:60] = 255 - truth[4:60, 30:60] // 8  # an object over the right border
+    shift = np.abs(compositing.color_matched(truth, made, preserve, reach=8) - made)[BOX]
+    off = np.abs(truth.astype(int) - made)[16:48, 44:48].mean()
+    assert shift.max() < 0.25 * off
+
+
+def test_reach_0_a_frame_without_region_and_one_without_background_stay_as_they_are() -> None:
+    truth, preserve = scene()
+    made = 255 - truth
+    for known, reach in ((preserve, 0), (np.ones_like(preserve), 8), (np.zeros_like(preserve), 8)):
+        assert (compositing.color_matched(truth, made, known, reach) == made).all()
+
+
+def test_colours_stay_within_the_8_bits_and_preserved_pixels_are_the_sources() -> None:
+    truth, preserve = np.full((1, SIZE, SIZE, 3), 250, np.uint8), scene()[1][None]
+    made = np.full_like(truth, 240)
+    made[:, 30:34, 30:34] = 255
+    out = compositing.composite(truth, made, preserve, feather=0, reach=64)
+    assert (out[preserve] == 250).all()
+    assert (out[:, 31, 31] == 255).all(), "and not 265, which a byte would show as 9"
+
+
+def test_only_the_surroundings_of_the_region_are_looked_at() -> None:
+    """Which is what makes it quick on large pictures; what lies further off changes nothing."""
+    truth, preserve = scene()
+    made = (truth + 7).astype(np.uint8)
+    wide = [np.pad(picture, [(40, 40), (40, 40)] + [(0, 0)] * (picture.ndim - 2), mode="edge") for picture in (truth, made)]
+    wide[1][:8] = wide[1][-8:] = 0
+    inside = compositing.color_matched(*wide, np.pad(preserve, 40, constant_values=True), reach=8)[40:-40, 40:-40]
+    assert np.abs(inside - compositing.color_matched(truth, made, preserve, reach=8))[BOX].max() < 0.01
