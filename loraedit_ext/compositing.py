@@ -95,9 +95,10 @@ def seam_weight(preserve: np.ndarray, feather: int) -> np.ndarray:
 def color_matched(kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray, reach: int) -> np.ndarray:
     """A generated frame whose colours meet the preserved ones at the border of the region.
 
-    The model makes the preserved pixels too, so how far its colours are off is known beside the region. The mean of that
-    over preserved pixels, by a Gaussian of a quarter of the reach, is added inside and fades to nothing over the reach.
-    Differences beyond `DRIFT` are another content (an object that the mask cuts off), and count the less the larger they are.
+    The model makes the preserved pixels too, so how far its colours are off is known beside the region. Local means of that,
+    by a Gaussian of a quarter of the reach, are added inside and fade over the reach into what they have in common all around,
+    which the whole region gets. Differences beyond `DRIFT` are another content (an object that the mask cuts off), and count
+    the less the larger they are.
 
     Args:
         kept: uint8 (H, W, 3), the source.
@@ -114,10 +115,21 @@ def color_matched(kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray,
     window = _around(~preserve, 2 * reach)
     known = preserve[window].astype(np.float32)
     off = kept[window].astype(np.float32) - out[window]
-    likely = known / (1 + (np.abs(off).max(-1) / DRIFT) ** 2)
-    mean = _blurred(off * likely[..., None], reach / 4) / np.maximum(_blurred(known, reach / 4), 1e-4)[..., None]
-    out[window] += mean * np.clip(1 - _distance(~preserve[window]) / reach, 0, 1)[..., None]
+    off *= (known / (1 + (np.abs(off).max(-1) / DRIFT) ** 2))[..., None]
+    share = _blurred(known, reach / 4)
+    local = _blurred(off, reach / 4) / np.maximum(share, 1e-4)[..., None]
+    overall = _common(local, known * (1 - share))
+    nearness = np.clip(1 - _distance(~preserve[window]) / reach, 0, 1)[..., None]
+    out[window] += overall + nearness * (local - overall)
     return np.clip(out, 0, 255, out=out)
+
+
+def _common(local: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """What local differences (H, W, 3) have in common, (3,): their mean, shrunk by how far they are from agreeing on it."""
+    total = max(float(weight.sum()), 1e-4)
+    mean = np.tensordot(weight, local, 2) / total
+    spread = np.tensordot(weight, (local - mean) ** 2, 2) / total
+    return mean**3 / (mean**2 + spread + 1e-4)
 
 
 def _around(region: np.ndarray, margin: int) -> tuple[slice, slice]:

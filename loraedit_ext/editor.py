@@ -19,7 +19,7 @@ from loraedit_ext.compositing import finished
 from loraedit_ext.config import RunConfig
 from loraedit_ext.encode import encode_all
 from loraedit_ext.pipeline import World, autocast
-from loraedit_ext.sampling import Forward, sample_latents
+from loraedit_ext.sampling import Forward, computed_steps, sample_latents
 from models.base import TIMESTEPS, I2VModel, release_memory
 
 
@@ -76,6 +76,7 @@ class Editor:
         facts = {
             "seconds": round(time.perf_counter() - started, 2),
             "tokens": _tokens(self.model.geometry.latent_shape(max(map(len, planned)), *job.frames.shape[1:3])),
+            "computed_steps": sum(computed_steps(self.config.edit)),
             "pieces": [[span.start, span.stop] for span in planned],
             "loras": [_lora_facts(expert, each, strength) for expert in self.experts for each, strength in expert.stack],
         }
@@ -88,14 +89,14 @@ class Editor:
         samples, alone = [each.sample for each in passes], World(0, 0, 1, self.device)
         told = guidance.told(passes, encode_all(self.model, samples, self.cache, rule, alone))
         shape = self.model.geometry.latent_shape(len(piece.span), *job.frames.shape[1:3])
-        forward = self._forward()
+        forward = self.forward()
         latents = sample_latents(self.model, forward, told, shape, settings, self.device, title)
         del forward
         generated = regimes.to_pixels(self.model.decode_video(latents))
         self.model.free_encoders()
         return generated
 
-    def _forward(self) -> Forward:
+    def forward(self) -> Forward:
         """The whole transformer on this device; of two experts the one for the noise level, once the other is freed."""
         loaded = self.experts[0]
         layers = self._load_transformer(loaded).layers()

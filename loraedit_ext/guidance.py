@@ -61,6 +61,11 @@ def passes(
     return found
 
 
+def count(settings: EditSettings) -> int:
+    """How many `passes` a sampling step takes."""
+    return 1 + (settings.guidance != 1) + (settings.source_guidance != 1)
+
+
 def told(planned: Sequence[Pass], encoded: Mapping[str, EncodedTriple]) -> list[Told]:
     """What every pass is told, by the names of their samples; what a pass does not say is as in the edit."""
     edit = encoded[planned[0].sample.name].condition

@@ -177,7 +177,8 @@ def edit(config: RunConfig, lora_path: Path | None, out: Path | None) -> Path:
     stacked = _stacked(config, model)
     print(f"editing   {job.name} with {adapter.path}, strength {config.edit.lora_strength:g}", flush=True)
     planned = pieces.plan(job, config.edit.clip_frames, model.geometry.temporal_stride)
-    print("\n".join([plan.describe_result(job, config.edit), *pieces.describe(planned)]), flush=True)
+    lines = [plan.describe_sampling(config.edit), plan.describe_result(job, config.edit), *pieces.describe(planned)]
+    print("\n".join(lines), flush=True)
     other = _other_expert(config, job, device) if config.model.expert else None
     result = Editor(config, model, adapter, device, cache_of(config), stacked, other).edit(job)
     folder = out or folder_beside(job, config, adapter)

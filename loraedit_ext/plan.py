@@ -14,9 +14,10 @@ from torch import nn
 from common.errors import UserError
 from dataset.job import EditJob
 from dataset.triple import Triple
-from loraedit_ext import pieces, regimes
+from loraedit_ext import guidance, pieces, regimes
 from loraedit_ext.compositing import is_laid_back, result_size
 from loraedit_ext.config import OFFLOAD, EditSettings, RunConfig, StageSettings
+from loraedit_ext.sampling import computed_steps
 from models.base import I2VModel
 from models.layers import PipelineLayer
 from models.offload import ON_DEVICE
@@ -270,7 +271,7 @@ def describe(
         f"layout    {model.checkpoint.describe_layout()}",
         *([f"levels    noise levels from {config.model.min_t:g} to {config.model.max_t:g}"] * bool(config.model.expert)),
         *(f"job       {choice}" for choice in job.choices),
-        describe_result(job, config.edit), *pieces.describe(planned),
+        describe_sampling(config.edit), describe_result(job, config.edit), *pieces.describe(planned),
         *(f"note      {note}" for note in clip_notes(job, model, at_once)),
         *(f"samples   {regime}: {', '.join(group)}" for regime, group in names.items()),
         f"latents   {tokens} tokens in the largest sample; cache: {cached} of {total} samples are there",
@@ -302,6 +303,13 @@ def describe_result(job: EditJob, settings: EditSettings) -> str:
     else:
         why = "the size that the model works at, as " + ("edit.size" if settings.composite else "edit.composite") + " asks"
     return f"result    {width}x{height}, {why}"
+
+
+def describe_sampling(settings: EditSettings) -> str:
+    """How often an edit will ask the model."""
+    computed = sum(computed_steps(settings))
+    of = "" if computed == settings.steps else f" of {settings.steps}"
+    return f"sampling  {computed}{of} steps x {guidance.count(settings)} pass(es), {settings.sampler}"
 
 
 def describe_files(run: Path, chosen: Sequence[StageSettings], done: int = 0) -> str:

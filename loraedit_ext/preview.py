@@ -20,7 +20,7 @@ from loraedit_ext.config import EditSettings, PreviewSettings, RunConfig
 from loraedit_ext.encode import Unconditional
 from loraedit_ext.guidance import Pass, passes, told
 from loraedit_ext.metrics import Clip
-from loraedit_ext.sampling import Forward, sample_latents
+from loraedit_ext.sampling import Forward, computed_steps, sample_latents
 from models.base import Geometry, I2VModel
 
 FOLDER = "previews"
@@ -86,12 +86,13 @@ def describe_preview(preview: Preview, config: RunConfig, job: EditJob, geometry
     frames, height, width = preview.shape
     training_tokens = count_tokens(geometry, (max(len(clip) for clip in job.clips), *job.frames.shape[1:3]))
     tokens = count_tokens(geometry, preview.shape)
-    forwards = preview.settings.steps * len(preview.passes)
+    steps = sum(computed_steps(preview.settings))
+    forwards = steps * len(preview.passes)
     per_step = config.gradient_accumulation_steps * config.micro_batch_size_per_gpu
     per_step *= 1 + bool(config.activation_checkpointing) + BACKWARD
     return (
         f"previews  every {config.sample_every_n_steps} steps: {frames} frames of {width}x{height} ({tokens} tokens), "
-        f"{preview.settings.steps} steps x {len(preview.passes)} pass(es); one costs at most about "
+        f"{steps} steps x {len(preview.passes)} pass(es); one costs at most about "
         f"{forwards * tokens / (per_step * training_tokens):.2g} training steps, and the VAE's memory beside "
         f"the transformer's; to {FOLDER}/stepN.mp4"
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from common.progress import progress
-from loraedit_ext import flow, guidance
+from loraedit_ext import flow, guidance, skipping
 from loraedit_ext.config import EditSettings
 from models.base import I2VModel
 
@@ -33,7 +33,20 @@ def sample_latents(
         Normalised latents (C, T, h, w), fp32 on the CPU.
     """
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(settings.seed)).to(device)
-    batched = [{name: tensor[None].to(device) for name, tensor in condition.items()} for condition, _ in passes]
+    edit = _batched(passes[0][0], device)
+    predict = skipping.Skipping(velocity(model, forward, passes, settings, device), computed_steps(settings))
+    sigmas = flow.inference_sigmas(settings.steps, settings.shift, settings.sampler)
+    start = model.start_latents(noise, edit)
+    with progress(settings.steps, title, unit="step", leave=False) as bar:
+        x = flow.sample(predict, start, sigmas, settings.sampler, on_step=lambda _i, _x: bar.update() and None)
+    return model.final_latents(x, edit)[0].cpu()
+
+
+def velocity(
+    model: I2VModel, forward: Forward, passes: Sequence[guidance.Told], settings: EditSettings, device: torch.device
+) -> skipping.Predict:
+    """(x, t) -> velocity (1, C, T, h, w), of all passes together."""
+    batched = [_batched(condition, device) for condition, _ in passes]
     weights = [weight.to(device) if isinstance(weight, Tensor) else weight for _, weight in passes]
     embedded = settings.embedded_guidance or 1.0
 
@@ -44,8 +57,14 @@ def sample_latents(
         ]
         return guidance.combined(velocities, weights)
 
-    sigmas = flow.inference_sigmas(settings.steps, settings.shift, settings.sampler)
-    start = model.start_latents(noise, batched[0])
-    with progress(settings.steps, title, unit="step", leave=False) as bar:
-        x = flow.sample(predict, start, sigmas, settings.sampler, on_step=lambda _i, _x: bar.update() and None)
-    return model.final_latents(x, batched[0])[0].cpu()
+    return predict
+
+
+def _batched(condition: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor[None].to(device) for name, tensor in condition.items()}
+
+
+def computed_steps(settings: EditSettings) -> tuple[bool, ...]:
+    """Which of the sampling steps ask the model."""
+    sigmas = flow.inference_sigmas(settings.steps, settings.shift, settings.sampler)[:-1].tolist()
+    return skipping.computed(sigmas, settings.compute_every, settings.boundary)

@@ -65,8 +65,8 @@ METHODS = {method.key: method for method in (
     Method("appearance_guided", "motion + appearance, source guidance", "appearance", "motion", guided=True),
 )}  # fmt: skip
 """In the order of table and work: `vae` warms up what the first edit would be charged for. Cases as in the paper's figure 2."""
-LATER = ("clip_frames", "expert", "other_lora", "other_transformer_path", "boundary")
-"""Optional keys of [model] and [edit] that came after the committed results."""
+LATER = dict.fromkeys(("clip_frames", "expert", "other_lora", "other_transformer_path", "boundary")) | {"compute_every": 1}
+"""Keys of [model] and [edit] that came after the committed results, with the value that these were made with."""
 DEFAULT_METHODS = tuple(key for key, method in METHODS.items() if not method.long)
 
 PASTES: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
@@ -224,5 +224,5 @@ def settings_of(method: Method, config: RunConfig) -> dict[str, Any]:
 
 
 def _as_before(settings: dict[str, Any]) -> dict[str, Any]:
-    """Without the keys that results in the repository are older than, where these have no value: they decide nothing then."""
-    return {key: value for key, value in settings.items() if key not in LATER or value is not None}
+    """Without the keys that results in the repository are older than, where these have the value of then."""
+    return {key: value for key, value in settings.items() if key not in LATER or value != LATER[key]}

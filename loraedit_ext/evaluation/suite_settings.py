@@ -23,7 +23,7 @@ class SuiteSettings(Settings):
     checkpoint: Path = Path("checkpoints/tiny-wan-i2v")
     """Folder of the model, relative to the current folder."""
     tasks: str | list[str] = "benchmark"
-    """`benchmark`, `validation` (for choosing defaults), `quick`, or names of tasks."""
+    """`benchmark`, `replication` (24 others), `both`, `validation` (for choosing defaults), `quick`, or names of tasks."""
     methods: list[str] = list(DEFAULT_METHODS)
     seeds: list[int] = Field([0, 1, 2], min_length=1)
     """Each seeds the LoRA's training and the noise of the edit."""

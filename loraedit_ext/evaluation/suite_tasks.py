@@ -93,7 +93,7 @@ BENCHMARK = _tasks([
     ("reshape", "emerging", True, False, 1288), ("reshape", "emerging", False, True, 1293),
 ])  # fmt: skip
 """The benchmark: three edits x four motions x still and panning camera, half of them with more objects."""
-# The first seeds from 2000 on that meet the bounds of its test; no model had a say.
+# Seeds are the first from 2000 on that meet the bounds of its test, and again no model had a say.
 REPLICATION = _tasks([
     ("recolour", "translating", True, False, 2000), ("recolour", "translating", False, True, 2001),
     ("recolour", "rotating", False, False, 2002), ("recolour", "rotating", True, True, 2003),
@@ -108,7 +108,7 @@ REPLICATION = _tasks([
     ("reshape", "turning", True, False, 2107), ("reshape", "turning", False, True, 2332),
     ("reshape", "emerging", False, False, 2338), ("reshape", "emerging", True, True, 2340),
 ])  # fmt: skip
-"""The other half of the design, drawn after the claims were made: whether they hold on scenes that no one had seen."""
+"""The other half of the design (one object where the benchmark has several), drawn after the claims were made on the first."""
 VALIDATION = _tasks([
     ("recolour", "translating", False, False, 5000), ("recolour", "turning", True, True, 5016),
     ("recolour", "emerging", True, False, 5018), ("retexture", "rotating", True, True, 5019),

@@ -14,6 +14,7 @@ from dataset.video import read_video
 from loraedit_ext import launch, pictures
 from loraedit_ext.config import load_config
 from loraedit_ext.editor import Editor
+from loraedit_ext.wan import MaskedWan
 from tests.conftest import write_edit_folder
 
 
@@ -119,6 +120,22 @@ def test_the_same_seed_gives_the_same_frames_and_another_does_not(trained):
     assert (frames_of(out) == first).all()
     assert (frames_of(edit(trained, "edit.composite=false", "edit.seed=7")) != first).any()
     assert (frames_of(out) == first).all(), "what one wants to compare with is still there"
+
+
+def test_steps_that_follow_from_others_do_not_ask_the_model_and_change_little(trained, monkeypatch):
+    asked = []
+    inputs = MaskedWan.model_inputs
+    monkeypatch.setattr(MaskedWan, "model_inputs", lambda self, *given: asked.append(given) or inputs(self, *given))
+    raw = ["edit.composite=false", "edit.steps=12", "edit.guidance=2"]
+    whole = frames_of(edit(trained, *raw)).astype(int)
+    assert len(asked) == 2 * 12
+    asked.clear()
+    out = edit(trained, *raw, "edit.compute_every=3")
+    assert len(asked) == 2 * 7, "the first three, the last two, and one in three of the seven between"
+    assert json.loads((out / "edited.json").read_text())["facts"]["computed_steps"] == 7
+    fewer = frames_of(edit(trained, *raw, "edit.steps=7")).astype(int)
+    change, of_fewer = (np.abs(made - whole).mean() for made in (frames_of(out).astype(int), fewer))
+    assert 0 < change < 0.5 * of_fewer
 
 
 def test_another_seed_or_guidance_loads_no_text_and_no_image_encoder(trained, monkeypatch):

@@ -11,7 +11,7 @@ from dataset.images import read_image, write_png
 from dataset.job import load_job
 from dataset.resize import Grid
 from dataset.triple import EncodedTriple
-from loraedit_ext import guidance, launch, masks
+from loraedit_ext import guidance, launch, masks, plan
 from loraedit_ext.config import EditSettings, load_config
 from loraedit_ext.encode import Unconditional
 
@@ -30,6 +30,17 @@ def settings(**values):
 def test_guidance_that_is_1_takes_no_pass(job):
     (only,) = guidance.passes(job, settings(), "all")
     assert (only.sample.name, only.weight) == ("edit", 0)
+
+
+@pytest.mark.parametrize("values", [{}, {"guidance": 2.0}, {"source_guidance": 2.0}, {"guidance": 3.0, "source_guidance": 2.0}])
+def test_passes_are_counted_without_a_job(job, values):
+    assert guidance.count(settings(**values)) == len(guidance.passes(job, settings(**values), "all")) == 1 + len(values)
+
+
+def test_the_plan_tells_how_often_the_model_is_asked():
+    assert plan.describe_sampling(EditSettings()) == "sampling  30 steps x 2 pass(es), unipc"
+    quick = EditSettings(compute_every=3, guidance=1.0)
+    assert plan.describe_sampling(quick) == "sampling  13 of 30 steps x 1 pass(es), unipc"
 
 
 def test_the_source_pass_is_the_edit_but_for_the_first_frame(job):

@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +38,7 @@ from loraedit_ext.evaluation.suite_methods import (
 from loraedit_ext.evaluation.suite_scores import SCORES, UNSEEN, scores
 from loraedit_ext.evaluation.suite_settings import load_suite
 from loraedit_ext.evaluation.suite_statistics import Estimate, estimate, paired, t_quantile
-from loraedit_ext.evaluation.suite_tasks import BENCHMARK, GUARD, QUICK, VALIDATION, TaskMedia
+from loraedit_ext.evaluation.suite_tasks import BENCHMARK, GUARD, LISTS, QUICK, REPLICATION, VALIDATION, TaskMedia
 from pretraining.clips import HELD_OUT
 
 TASK = BENCHMARK[3]
@@ -74,12 +76,40 @@ def test_the_lists_have_the_promised_size_and_mix() -> None:
 
 
 def test_validation_and_pretraining_never_see_the_benchmark() -> None:
-    seeds = [task.seed for task in (*BENCHMARK, *VALIDATION)]
+    seeds = [task.seed for task in (*BENCHMARK, *REPLICATION, *VALIDATION)]
     assert len(set(seeds)) == len(seeds)
     assert max(seeds) < HELD_OUT
 
 
-@pytest.mark.parametrize("task", [*BENCHMARK, *VALIDATION], ids=lambda task: task.name)
+def test_the_replication_is_the_other_half_of_the_design() -> None:
+    both = Counter((task.edit, task.motion, task.several, task.panning) for task in LISTS["both"])
+    edits, motions = ("recolour", "retexture", "reshape"), ("translating", "rotating", "turning", "emerging")
+    assert both == dict.fromkeys(product(edits, motions, (False, True), (False, True)), 1)
+    assert set(LISTS["both"]) == {*BENCHMARK, *REPLICATION}
+    assert suite_tasks.chosen("replication") == REPLICATION
+    assert suite_tasks.chosen(REPLICATION[3].name) == REPLICATION[3:4]
+
+
+@pytest.mark.parametrize("task", REPLICATION, ids=lambda task: task.name)
+def test_the_replications_seeds_are_the_first_that_meet_its_bounds(task: suite_tasks.SuiteTask) -> None:
+    """No object that is tiny or leaves the picture, no region that is most of it, and an edit that can be seen later on."""
+    earlier = max((each.seed + 1 for each in REPLICATION if each.seed < task.seed), default=2000)
+    fits = [_is_plain(replace(task, seed=seed)) for seed in range(earlier, task.seed + 1)]
+    assert fits == [False] * (len(fits) - 1) + [True]
+
+
+def _is_plain(task: suite_tasks.SuiteTask) -> bool:
+    media = TaskMedia(task)
+    seen, changed = media.object, media.changed
+    if (seen & media.preserve).any() or (changed & media.preserve).any() or (~media.preserve).mean((1, 2)).max() > 0.5:
+        return False
+    size = seen.sum((1, 2))
+    if changed[6:].sum((1, 2)).min() < 150 or size.max() < 1000:
+        return False
+    return 100 < size[0] < 0.5 * size.max() if task.motion == "emerging" else size.min() > 450
+
+
+@pytest.mark.parametrize("task", [*BENCHMARK, *REPLICATION, *VALIDATION], ids=lambda task: task.name)
 def test_truth_and_source_differ_inside_the_mask_and_nowhere_else(task: suite_tasks.SuiteTask) -> None:
     media = TaskMedia(task)
     assert np.array_equal(media.source[media.preserve], media.truth[media.preserve])
