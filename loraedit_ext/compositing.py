@@ -81,8 +81,12 @@ def composite(kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray, fea
 def blended(kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray, feather: int) -> np.ndarray:
     """One frame: the generated picture, (H, W, 3) of any type, inside the region, and uint8 `kept` outside."""
     weight = seam_weight(preserve, feather)[..., None]
-    mixed = kept * (1 - weight) + generated * weight
-    return np.where(preserve[..., None], kept, np.rint(mixed).astype(np.uint8))
+    return np.where(preserve[..., None], kept, to_bytes(kept * (1 - weight) + generated * weight))
+
+
+def to_bytes(picture: np.ndarray) -> np.ndarray:
+    """Grey levels within 0 to 255 rounded to uint8."""
+    return np.rint(picture).astype(np.uint8)
 
 
 def seam_weight(preserve: np.ndarray, feather: int) -> np.ndarray:
@@ -107,7 +111,7 @@ def color_matched(kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray,
         reach: in pixels; 0 changes nothing.
 
     Returns:
-        float32 (H, W, 3) within 0 to 255.
+        float32 (H, W, 3) within 0 to 255; preserved pixels are as generated.
     """
     out = generated.astype(np.float32)
     if reach == 0 or preserve.all() or not preserve.any():
@@ -120,7 +124,7 @@ def color_matched(kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray,
     local = _blurred(off, reach / 4) / np.maximum(share, 1e-4)[..., None]
     overall = _common(local, known * (1 - share))
     nearness = np.clip(1 - _distance(~preserve[window]) / reach, 0, 1)[..., None]
-    out[window] += overall + nearness * (local - overall)
+    out[window] += (overall + nearness * (local - overall)) * (1 - known)[..., None]
     return np.clip(out, 0, 255, out=out)
 
 

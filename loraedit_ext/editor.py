@@ -71,12 +71,13 @@ class Editor:
         def generate(piece: regimes.Piece, number: str) -> np.ndarray:
             return self._generate(job, piece, "editing" if len(planned) == 1 else f"editing piece {number}")
 
-        generated = pieces.edit_all(job, planned, generate)
-        frames = finished(job, generated, self.config.edit)
+        settings = self.config.edit
+        generated = pieces.edit_all(job, planned, generate, settings.color_match if settings.composite else 0)
+        frames = finished(job, generated, settings)
         facts = {
             "seconds": round(time.perf_counter() - started, 2),
             "tokens": _tokens(self.model.geometry.latent_shape(max(map(len, planned)), *job.frames.shape[1:3])),
-            "computed_steps": sum(computed_steps(self.config.edit)),
+            "computed_steps": sum(computed_steps(settings)),
             "pieces": [[span.start, span.stop] for span in planned],
             "loras": [_lora_facts(expert, each, strength) for expert in self.experts for each, strength in expert.stack],
         }

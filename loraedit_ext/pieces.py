@@ -15,6 +15,7 @@ import numpy as np
 from common.errors import UserError
 from dataset.job import EditJob
 from loraedit_ext import regimes
+from loraedit_ext.compositing import color_matched, to_bytes
 
 Generate = Callable[[regimes.Piece, str], np.ndarray]
 """A piece and its number among all, for people, to its frames: uint8 (F, H, W, 3)."""
@@ -72,18 +73,26 @@ def describe(planned: Sequence[range]) -> list[str]:
             "[[edited_frame]] that is given for it"]  # fmt: skip
 
 
-def edit_all(job: EditJob, planned: Sequence[range], generate: Generate) -> np.ndarray:
+def edit_all(job: EditJob, planned: Sequence[range], generate: Generate, reach: int) -> np.ndarray:
     """What is generated of a clip, uint8 (F, H, W, 3); a piece in which nothing is marked keeps the source's frames.
+
+    Args:
+        reach: of `color_matched`, by which a piece takes over what the one before made of its first frame: colours that have
+            drifted would drift on from piece to piece.
 
     Raises:
         UserError: the job has no edited first frame.
     """
-    marked = (~regimes.preserve_mask(job)).flatten(1).any(1)
+    preserve = regimes.preserve_mask(job).numpy()
+    marked = (~preserve).any((1, 2))
+    reach *= job.keep_outside  # else the picture counts whole, and nothing of the source meets it
     made = regimes.with_first_edit(job)
     for number, span in enumerate(planned):
         if len(planned) > 1 and not marked[span.start + 1 : span.stop].any():
             continue
-        frames = generate(regimes.continuing(job, span, made[span.start]), f"{number + 1} of {len(planned)}")
+        start = span.start
+        first = color_matched(job.frames[start], made[start], preserve[start], reach if number else 0)
+        frames = generate(regimes.continuing(job, span, to_bytes(first)), f"{number + 1} of {len(planned)}")
         keeps = int(number > 0)  # the shared frame stays as the piece before made it
         made[span.start + keeps : span.stop] = frames[keeps:]
     return made
