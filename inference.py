@@ -1,7 +1,11 @@
-"""Edit the video with the trained LoRA: `python inference.py --config edit.toml [key=value ...]`."""
+"""Edit the video with the trained LoRA: `python inference.py --config edit.toml [key=value ...]`.
+
+Under `deepspeed --num_gpus N` (or torchrun) each GPU takes one of the passes of guidance.
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -13,6 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = cli.parser("Propagate the edited first frame through the video with a trained LoRA.")
     parser.add_argument("--lora", type=Path, metavar="FILE", help="LoRA to use; default: the newest in output_dir")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: a folder beside the LoRA")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(arguments)
 
     def run() -> None:

@@ -33,6 +33,7 @@ from loraedit_ext.evaluation.suite_statistics import Estimate, estimate, paired
 from loraedit_ext.evaluation.suite_tasks import SIZE, SuiteTask, TaskMedia, chosen, write
 from loraedit_ext.hunyuan import MaskedHunyuan
 from loraedit_ext.objective import Objective
+from loraedit_ext.pipeline import alone
 from loraedit_ext.sampling import sample_latents
 from models.hunyuan.checkpoint import HunyuanTransformerFiles
 from models.hunyuan.wrapper import HunyuanI2V
@@ -166,7 +167,7 @@ class Scene:
             self.train(model, transformer, case)
         condition, forward = self.conditions[case.form], partial(_forward, transformer)
         settings = self.setup.edit_settings(case.seed)
-        latents = sample_latents(model, forward, [(condition, 0.0)], condition["known"].shape, settings, CPU, case.row)
+        latents = sample_latents(model, forward, [(condition, 0.0)], condition["known"].shape, settings, alone(CPU), case.row)
         frames = regimes.to_pixels(model.decode_video(latents))
         write_atomic(case.path(self.setup.out), lambda path: _save(path, frames))
 

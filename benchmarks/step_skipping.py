@@ -26,7 +26,7 @@ from loraedit_ext.evaluation import metrics
 from loraedit_ext.evaluation.suite_methods import METHODS, Budget, config_of, train, write_config
 from loraedit_ext.evaluation.suite_statistics import estimate
 from loraedit_ext.evaluation.suite_tasks import SuiteTask, TaskMedia, chosen, write
-from loraedit_ext.pipeline import World
+from loraedit_ext.pipeline import alone
 from loraedit_ext.skipping import Predict
 
 STEPS = 30
@@ -111,10 +111,10 @@ class Sampler:
         config = config_of(write_config(folder, checkpoint), METHODS["motion"], seed, BUDGET, SETTINGS)
         self.settings, self.model = config.edit, launch.build_model(config, CPU)
         self.job: EditJob = launch.open_job(config, self.model)
-        editor = Editor(config, self.model, lora.read(train(config), self.model), CPU, launch.cache_of(config))
+        editor = Editor(config, self.model, lora.read(train(config), self.model), alone(CPU), launch.cache_of(config))
         passes = guidance.passes(self.job, self.settings, config.mask_rule)
         samples = [each.sample for each in passes]
-        self.told = guidance.told(passes, encode_all(self.model, samples, editor.cache, config.mask_rule, World(0, 0, 1, CPU)))
+        self.told = guidance.told(passes, encode_all(self.model, samples, editor.cache, config.mask_rule, alone(CPU)))
         self.forward = editor.forward()
         self.shape = self.model.geometry.latent_shape(*self.job.frames.shape[:3])
 
@@ -122,7 +122,7 @@ class Sampler:
     def __call__(self, way: Way) -> tuple[np.ndarray, int]:
         """The frames that a way makes, uint8 (F, H, W, 3), and how many steps asked the model."""
         settings, asked = self.settings, 0
-        velocity = sampling.velocity(self.model, self.forward, self.told, settings, CPU)
+        velocity = sampling.velocity(self.model, self.forward, self.told, settings, alone(CPU))
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             nonlocal asked

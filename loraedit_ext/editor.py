@@ -49,17 +49,17 @@ class Editor:
         config: model, adapter and [edit] settings.
         model: the masked model.
         adapter: the LoRA, or None for the bare model.
-        device: where the transformer runs.
+        world: where the transformer runs, and with whom: processes take the passes of guidance by turns, at most one each.
         cache: of what the frozen encoders say, so that another seed or guidance does not load them again.
         stacked: LoRAs on top of it, each with its strength.
         other: the expert of Wan2.2 that `model` is not; the two take turns on the device.
     """
 
     def __init__(
-        self, config: RunConfig, model: I2VModel, adapter: lora.LoraFile | None, device: torch.device, cache: LatentCache,
+        self, config: RunConfig, model: I2VModel, adapter: lora.LoraFile | None, world: World, cache: LatentCache,
         stacked: Sequence[tuple[lora.LoraFile, float]] = (), other: Expert | None = None,
     ) -> None:
-        self.config, self.model, self.adapter, self.device, self.cache = config, model, adapter, device, cache
+        self.config, self.model, self.adapter, self.world, self.cache = config, model, adapter, world, cache
         own = Expert(model, [*([(adapter, config.edit.lora_strength)] if adapter else []), *stacked])
         self.experts = [own] if other is None else [own, other] if config.model.expert == "high" else [other, own]
 
@@ -87,15 +87,15 @@ class Editor:
         """The frames of a piece, uint8 (F, H, W, 3); the device holds the encoders or the transformer, never both."""
         settings, rule = self.config.edit, self.config.mask_rule
         passes = guidance.passes(job, settings, rule, piece=piece)
-        samples, alone = [each.sample for each in passes], World(0, 0, 1, self.device)
-        told = guidance.told(passes, encode_all(self.model, samples, self.cache, rule, alone))
+        samples = [each.sample for each in passes]
+        told = guidance.told(passes, encode_all(self.model, samples, self.cache, rule, self.world))
         shape = self.model.geometry.latent_shape(len(piece.span), *job.frames.shape[1:3])
         forward = self.forward()
-        latents = sample_latents(self.model, forward, told, shape, settings, self.device, title)
+        latents = sample_latents(self.model, forward, told, shape, settings, self.world, title)
         del forward
-        generated = regimes.to_pixels(self.model.decode_video(latents))
+        generated = regimes.to_pixels(self.model.decode_video(latents)) if self.world.is_main else None
         self.model.free_encoders()
-        return generated
+        return self.world.broadcast(generated)
 
     def forward(self) -> Forward:
         """The whole transformer on this device; of two experts the one for the noise level, once the other is freed."""
@@ -110,7 +110,7 @@ class Editor:
                 release_memory()
                 loaded, layers = expert, self._load_transformer(expert).layers()
             stream: Any = inputs
-            with autocast(self.device, dtype):
+            with autocast(self.world.device, dtype):
                 for layer in layers:
                     stream = layer(stream)
             return stream
@@ -126,9 +126,9 @@ class Editor:
         transformer = expert.model.build_transformer()
         layers = transformer.layers()
         dtype, linears = config.model.storage
-        expert.model.load_weights(layers, dtype, self.device, linears, config.blocks_to_swap)
+        expert.model.load_weights(layers, dtype, self.world.device, linears, config.blocks_to_swap)
         if expert.stack:
-            lora.attach(transformer, layers, lora.combine(expert.stack), self.device)
+            lora.attach(transformer, layers, lora.combine(expert.stack), self.world.device)
         return transformer.eval()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from loraedit_ext.doctor import ram
 from loraedit_ext.encode import Unconditional, encode_all, identity
 from loraedit_ext.hunyuan import MaskedHunyuan
 from loraedit_ext.optim import check_optimizer
-from loraedit_ext.pipeline import World, check_world, distributed, planned_world
+from loraedit_ext.pipeline import World, check_world, distributed, planned_world, together
 from loraedit_ext.preview import Preview, describe_preview, plan_preview
 from loraedit_ext.wan import MaskedWan
 from models.base import I2VModel
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 MAX_AREA = 832 * 480
 """Pixels of a frame beyond which the default size is scaled down: what 480P models were trained on."""
+
+Say = Callable[[str], None]
+"""Prints a line, in the main process alone."""
 
 FAMILIES: dict[Family, tuple[type[WanCheckpoint | HunyuanCheckpoint], type[MaskedWan | MaskedHunyuan]]] = {
     "wan": (WanCheckpoint, MaskedWan),
@@ -151,6 +154,8 @@ def _run(
 def edit(config: RunConfig, lora_path: Path | None, out: Path | None) -> Path:
     """Edit the job's video with a trained LoRA and write the results.
 
+    Several processes take the passes of guidance by turns; the main one encodes, decodes and writes.
+
     Args:
         lora_path: default: the newest LoRA in output_dir.
         out: folder to write to, whatever it holds; default: `edit` beside the LoRA, or `edit_2` and so on where that holds a
@@ -159,48 +164,58 @@ def edit(config: RunConfig, lora_path: Path | None, out: Path | None) -> Path:
     Returns:
         The folder.
     """
+    with together() as world:
+        logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s")
+        return _edit(config, world, lora_path, out)
+
+
+def _edit(config: RunConfig, world: World, lora_path: Path | None, out: Path | None) -> Path:
     from loraedit_ext.editor import Editor, check_lora
     from loraedit_ext.results import FOLDER, folder_beside, write
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    def say(line: str) -> None:
+        if world.is_main:
+            print(line, flush=True)
+
+    plan.check_passes(config.edit, world.size)
     if config.edit.other_lora:  # the file, so that the record tells which of a folder's LoRAs it was
         found = config.edit.model_copy(update={"other_lora": runs.lora_at(config.edit.other_lora)})
         config = config.model_copy(update={"edit": found})
-    model = build_model(config, device)
+    model = build_model(config, world.device)
     streamed_blocks(model.build_transformer().layers(), config.blocks_to_swap)
     job = open_job(config, model)
     adapter = lora.read(lora_path or runs.newest_lora(config.output_dir), model)
     for note in (*regimes.left_out(job), *check_lora(adapter, model, job, config.mask_rule)):
-        print(f"note      {note}", flush=True)
+        say(f"note      {note}")
     check_writable(out or adapter.path.parent)
-    stacked = _stacked(config, model)
-    print(f"editing   {job.name} with {adapter.path}, strength {config.edit.lora_strength:g}", flush=True)
+    stacked = _stacked(config, model, say)
+    say(f"editing   {job.name} with {adapter.path}, strength {config.edit.lora_strength:g}")
     planned = pieces.plan(job, config.edit.clip_frames, model.geometry.temporal_stride)
-    lines = [plan.describe_sampling(config.edit), plan.describe_result(job, config.edit), *pieces.describe(planned)]
-    print("\n".join(lines), flush=True)
-    other = _other_expert(config, job, device) if config.model.expert else None
-    result = Editor(config, model, adapter, device, cache_of(config), stacked, other).edit(job)
-    folder = out or folder_beside(job, config, adapter)
+    sampling = plan.describe_sampling(config.edit, world.size)
+    for line in (sampling, plan.describe_result(job, config.edit), *pieces.describe(planned)):
+        say(line)
+    other = _other_expert(config, job, world.device, say) if config.model.expert else None
+    result = Editor(config, model, adapter, world, cache_of(config), stacked, other).edit(job)
+    folder = world.broadcast(out or folder_beside(job, config, adapter))
     if not out and folder.name != FOLDER:
-        print(f"note      {FOLDER} holds a result of other settings and stays; this one goes to {folder.name}", flush=True)
-    for line in write(folder, result, job, config, adapter):
-        print(f"wrote     {line}", flush=True)
+        say(f"note      {FOLDER} holds a result of other settings and stays; this one goes to {folder.name}")
+    for line in write(folder, result, job, config, adapter) if world.is_main else ():
+        say(f"wrote     {line}")
     return folder
 
 
-def _stacked(config: RunConfig, model: I2VModel) -> list[tuple[lora.LoraFile, float]]:
+def _stacked(config: RunConfig, model: I2VModel, say: Say) -> list[tuple[lora.LoraFile, float]]:
     """The LoRAs of [[edit.lora]] that are for this model, checked and told."""
     expert = model.describe().get("expert")
     stacked = [(lora.read(extra.path, model), extra.strength) for extra in config.edit.lora if extra.expert in (None, expert)]
     for extra, strength in stacked:
         lora.check_model(extra, model)
         whose = f" of the expert for {expert} noise" if expert else ""
-        print(f"stacked   {extra.path} ({extra.layout} names){whose}, strength {strength:g}", flush=True)
+        say(f"stacked   {extra.path} ({extra.layout} names){whose}, strength {strength:g}")
     return stacked
 
 
-def _other_expert(config: RunConfig, job: EditJob, device: torch.device) -> Expert:
+def _other_expert(config: RunConfig, job: EditJob, device: torch.device, say: Say) -> Expert:
     """The expert of Wan2.2 that `model.expert` does not name, with its LoRAs."""
     from loraedit_ext.editor import Expert, check_lora
 
@@ -211,12 +226,12 @@ def _other_expert(config: RunConfig, job: EditJob, device: torch.device) -> Expe
     except UserError as error:
         needed = f"editing needs the expert for {name} noise too; edit.other_transformer_path may name it"
         raise UserError(f"{needed}. {error}") from error
-    stacked = _stacked(config, model)
+    stacked = _stacked(config, model, say)
     if config.edit.other_lora is None:
-        print(f"note      the expert for {name} noise goes without a trained LoRA: edit.other_lora names one", flush=True)
+        say(f"note      the expert for {name} noise goes without a trained LoRA: edit.other_lora names one")
         return Expert(model, stacked)
     adapter = lora.read(config.edit.other_lora, model)
     for note in check_lora(adapter, model, job, config.mask_rule):
-        print(f"note      {note}", flush=True)
-    print(f"editing   the expert for {name} noise with {adapter.path}", flush=True)
+        say(f"note      {note}")
+    say(f"editing   the expert for {name} noise with {adapter.path}")
     return Expert(model, [(adapter, config.edit.lora_strength), *stacked])

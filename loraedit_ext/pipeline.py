@@ -56,6 +56,35 @@ class World:
         torch.distributed.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def owns(self, number: int) -> bool:
+        """Whether a piece of work that is dealt out by turns is this process's."""
+        return number % self.size == self.rank
+
+    def share(self, value: Tensor, number: int) -> Tensor:
+        """What the owner of a piece of work made of it, everywhere.
+
+        Args:
+            value: the result; where another process owns it, a tensor of its shape and dtype, which is overwritten.
+        """
+        if self.size > 1:
+            torch.distributed.broadcast(value := value.contiguous(), src=number % self.size)
+        return value
+
+
+def alone(device: torch.device | None = None) -> World:
+    """A process that has no others, on `device`, by default a GPU if there is one."""
+    return World(0, 0, 1, device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@contextlib.contextmanager
+def together() -> Iterator[World]:
+    """Join the launcher's process group; started with plain `python`, do without a group, and without DeepSpeed."""
+    if "RANK" in os.environ:
+        with distributed() as world:
+            yield world
+    else:
+        yield alone()
+
 
 @contextlib.contextmanager
 def distributed() -> Iterator[World]:

@@ -305,11 +305,25 @@ def describe_result(job: EditJob, settings: EditSettings) -> str:
     return f"result    {width}x{height}, {why}"
 
 
-def describe_sampling(settings: EditSettings) -> str:
+def check_passes(settings: EditSettings, processes: int) -> None:
+    """Refuse more processes than an edit has work for.
+
+    Raises:
+        UserError: one would have no pass.
+    """
+    if processes > (passes := guidance.count(settings)):
+        raise UserError(
+            f"{processes} processes for an edit of {passes} pass(es) a step: each process takes a pass of guidance, so start "
+            f"at most {passes} (edit.guidance and edit.source_guidance take one each unless they are 1)."
+        )
+
+
+def describe_sampling(settings: EditSettings, processes: int = 1) -> str:
     """How often an edit will ask the model."""
     computed = sum(computed_steps(settings))
     of = "" if computed == settings.steps else f" of {settings.steps}"
-    return f"sampling  {computed}{of} steps x {guidance.count(settings)} pass(es), {settings.sampler}"
+    turns = f" on {processes} devices" if processes > 1 else ""
+    return f"sampling  {computed}{of} steps x {guidance.count(settings)} pass(es){turns}, {settings.sampler}"
 
 
 def describe_files(run: Path, chosen: Sequence[StageSettings], done: int = 0) -> str:

@@ -20,6 +20,7 @@ from loraedit_ext.config import EditSettings, PreviewSettings, RunConfig
 from loraedit_ext.encode import Unconditional
 from loraedit_ext.guidance import Pass, passes, told
 from loraedit_ext.metrics import Clip
+from loraedit_ext.pipeline import alone
 from loraedit_ext.sampling import Forward, computed_steps, sample_latents
 from models.base import Geometry, I2VModel
 
@@ -124,7 +125,7 @@ class Previewer:
     def sample(self, forward: Forward) -> Tensor:
         """Latents (C, T, h, w) of the edit; every process of a pipeline takes part."""
         return sample_latents(
-            self.model, forward, self.told, self.shape, self.preview.settings, self.device, "preview"
+            self.model, forward, self.told, self.shape, self.preview.settings, alone(self.device), "preview"
         )
 
     def write(self, latents: Tensor, path: Path) -> Clip:

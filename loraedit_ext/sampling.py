@@ -10,6 +10,7 @@ from torch import Tensor
 from common.progress import progress
 from loraedit_ext import flow, guidance, skipping
 from loraedit_ext.config import EditSettings
+from loraedit_ext.pipeline import World
 from models.base import I2VModel
 
 Forward = Callable[[tuple[Tensor, ...], int], Tensor]
@@ -19,7 +20,7 @@ Forward = Callable[[tuple[Tensor, ...], int], Tensor]
 @torch.no_grad()
 def sample_latents(
     model: I2VModel, forward: Forward, passes: Sequence[guidance.Told], shape: tuple[int, ...],
-    settings: EditSettings, device: torch.device, title: str,
+    settings: EditSettings, world: World, title: str,
 ) -> Tensor:
     """Sample an edit with a generator of its own, so that no other random state moves.
 
@@ -27,34 +28,36 @@ def sample_latents(
         forward: the transformer, in evaluation mode.
         passes: what each is told, the edit first (`loraedit_ext.guidance`).
         shape: (C, T, h, w).
+        world: processes that take the passes by turns; all of them sample the same latents.
         title: of the progress bar.
 
     Returns:
         Normalised latents (C, T, h, w), fp32 on the CPU.
     """
-    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(settings.seed)).to(device)
-    edit = _batched(passes[0][0], device)
-    predict = skipping.Skipping(velocity(model, forward, passes, settings, device), computed_steps(settings))
+    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(settings.seed)).to(world.device)
+    edit = _batched(passes[0][0], world.device)
+    predict = skipping.Skipping(velocity(model, forward, passes, settings, world), computed_steps(settings))
     sigmas = flow.inference_sigmas(settings.steps, settings.shift, settings.sampler)
     start = model.start_latents(noise, edit)
-    with progress(settings.steps, title, unit="step", leave=False) as bar:
+    with progress(settings.steps, title, unit="step", leave=False, disable=not world.is_main) as bar:
         x = flow.sample(predict, start, sigmas, settings.sampler, on_step=lambda _i, _x: bar.update() and None)
     return model.final_latents(x, edit)[0].cpu()
 
 
 def velocity(
-    model: I2VModel, forward: Forward, passes: Sequence[guidance.Told], settings: EditSettings, device: torch.device
+    model: I2VModel, forward: Forward, passes: Sequence[guidance.Told], settings: EditSettings, world: World
 ) -> skipping.Predict:
-    """(x, t) -> velocity (1, C, T, h, w), of all passes together."""
-    batched = [_batched(condition, device) for condition, _ in passes]
-    weights = [weight.to(device) if isinstance(weight, Tensor) else weight for _, weight in passes]
+    """(x, t) -> velocity (1, C, T, h, w), of all passes together; each process computes its own and learns the others'."""
+    batched = [_batched(condition, world.device) for condition, _ in passes]
+    weights = [weight.to(world.device) if isinstance(weight, Tensor) else weight for _, weight in passes]
     embedded = settings.embedded_guidance or 1.0
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
-        velocities = [
-            forward(model.model_inputs(x, t.to(x.device).expand(len(x)), condition, embedded), number)
-            for number, condition in enumerate(batched)
-        ]
+        own = {
+            number: forward(model.model_inputs(x, t.to(x.device).expand(len(x)), condition, embedded), number)
+            for number, condition in enumerate(batched) if world.owns(number)
+        }  # fmt: skip
+        velocities = [world.share(own.get(number, torch.empty_like(x)), number) for number in range(len(batched))]
         return guidance.combined(velocities, weights)
 
     return predict

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from common.files import write_text_atomic
 from loraedit_ext import launch, lora, regimes
@@ -20,6 +19,7 @@ from loraedit_ext.editor import Editor
 from loraedit_ext.evaluation import suite_baselines as baselines
 from loraedit_ext.evaluation.suite_tasks import TaskMedia
 from loraedit_ext.metrics import history
+from loraedit_ext.pipeline import alone
 from loraedit_ext.regimes import EditCondition
 from loraedit_ext.state import LATEST
 
@@ -173,8 +173,8 @@ def run(method: Method, media: TaskMedia, config: RunConfig) -> Result:
     """Run a method on a task whose folder holds config.dataset; a motion run that is there already is continued."""
     if paste := PASTES.get(method.key):
         return Result(paste(media.source, media.truth[0], media.preserve), 0, 0.0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = launch.build_model(config, device)
+    world = alone()
+    model = launch.build_model(config, world.device)
     if method.key == "vae":
         return Result(regimes.to_pixels(model.decode_video(model.encode_video(regimes.to_unit(media.truth)))), 0, 0.0)
     adapter, steps, seconds = None, 0, 0.0
@@ -182,7 +182,7 @@ def run(method: Method, media: TaskMedia, config: RunConfig) -> Result:
         path = train(config)
         adapter, steps = lora.read(path, model), sum(stage.steps for stage in config.stage)
         seconds = training_seconds(path.parent.parent)
-    edit = Editor(config, model, adapter, device, launch.cache_of(config)).edit(launch.open_job(config, model))
+    edit = Editor(config, model, adapter, world, launch.cache_of(config)).edit(launch.open_job(config, model))
     return Result(edit.generated, steps, round(seconds + edit.facts["seconds"], 2))
 
 

@@ -14,6 +14,7 @@ from dataset.video import read_video
 from loraedit_ext import launch, pictures
 from loraedit_ext.config import load_config
 from loraedit_ext.editor import Editor
+from loraedit_ext.pipeline import alone
 from loraedit_ext.wan import MaskedWan
 from tests.conftest import write_edit_folder
 
@@ -99,7 +100,8 @@ def test_the_last_decode_goes_to_the_cpu_rather_than_to_lose_what_was_sampled(re
 
     def generated():
         model = launch.build_model(config, device)
-        return Editor(config, model, None, device, launch.cache_of(config)).edit(launch.open_job(config, model)).generated
+        editor = Editor(config, model, None, alone(device), launch.cache_of(config))
+        return editor.edit(launch.open_job(config, model)).generated
 
     expected = generated()
     request.getfixturevalue("no_room_to_decode")

@@ -11,9 +11,10 @@ from dataset.images import read_image, write_png
 from dataset.job import load_job
 from dataset.resize import Grid
 from dataset.triple import EncodedTriple
-from loraedit_ext import guidance, launch, masks, plan
+from loraedit_ext import guidance, launch, masks, plan, sampling
 from loraedit_ext.config import EditSettings, load_config
 from loraedit_ext.encode import Unconditional
+from loraedit_ext.pipeline import World
 
 RAW = ("edit.output=png", "edit.composite=false", "edit.guidance=1")
 
@@ -134,3 +135,34 @@ def test_an_edit_is_led_away_from_the_source_and_an_unedited_frame_from_nothing(
 
 def test_the_same_with_both_variants_of_hunyuan(hunyuan_folder):
     check_led_away(hunyuan_folder)
+
+
+class Counting:
+    """A model whose velocity of a pass is that pass's number, and which notes who was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def model_inputs(self, x, _t, _condition, _embedded):
+        return (x,)
+
+    def forward(self, inputs, number):
+        self.asked.append(number)
+        return torch.full_like(inputs[0], float(number))
+
+
+@pytest.mark.parametrize(("rank", "size", "own"), [(0, 1, [0, 1, 2]), (0, 2, [0, 2]), (1, 2, [1]), (2, 3, [2])])
+def test_processes_take_the_passes_by_turns(monkeypatch, rank, size, own):
+    model, shared = Counting(), []
+
+    def share(_world, value, number):
+        shared.append(number)
+        return torch.full_like(value, float(number))
+
+    monkeypatch.setattr(World, "share", share)
+    world = World(rank, rank, size, torch.device("cpu"))
+    velocity = sampling.velocity(model, model.forward, [({}, 0.0), ({}, 4.0), ({}, 1.0)], settings(), world)
+    found = velocity(torch.zeros(1, 4, 1, 2, 2), torch.tensor(0.5))
+    assert model.asked == own
+    assert shared == [0, 1, 2]
+    assert (found == 0 + 4 * (0 - 1) + 1 * (0 - 2)).all()

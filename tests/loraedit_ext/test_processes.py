@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from dataset.images import read_image
 from models.wan.random_weights import tiny_config, write_random_checkpoint
 from tests.conftest import strips, write_edit_folder
 
@@ -27,8 +28,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(folder, *overrides: str, processes: int = 1, launcher: str = "torchrun", check: bool = True):
-    """Run train.py as a user would; returns the finished process."""
+def launch(
+    folder, *overrides: str, processes: int = 1, launcher: str = "torchrun", check: bool = True, verb: str = "train"
+):
+    """Run a verb as a user would; returns the finished process."""
     port = f"--master_port={free_port()}"
     if processes == 1:
         start = [sys.executable]
@@ -36,7 +39,7 @@ def launch(folder, *overrides: str, processes: int = 1, launcher: str = "torchru
         start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", port]
     else:
         start = [str(Path(sys.executable).parent / "deepspeed"), f"--num_gpus={processes}", port]
-    command = [*start, str(ROOT / "train.py"), "--config", str(folder.config), *overrides]
+    command = [*start, str(ROOT / f"{verb}.py"), "--config", str(folder.config), *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1",
                    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
@@ -102,6 +105,32 @@ def test_two_replicas_equal_one_process_with_twice_the_accumulation(edit_folder)
     launch(edit_folder, TWO_SAMPLES, *SGD)
     launch(edit_folder, "gradient_accumulation_steps=1", *SGD, processes=2)
     assert_close(numbers(edit_folder.metrics(0)), numbers(edit_folder.metrics(1)), 1e-6)
+
+
+@pytest.mark.slow
+def test_an_edit_whose_passes_two_processes_share_is_that_of_one(edit_folder):
+    """In pieces too, where the second begins with what the main process made of the first."""
+    launch(edit_folder)
+    overrides = ["edit.output=png", "edit.guidance=3", "edit.source_guidance=2", "edit.clip_frames=5", "edit.steps=3"]
+    made = {}
+    for launcher, processes in (("", 1), ("torchrun", 2), ("deepspeed", 2)):
+        out = edit_folder.path / f"out{processes}{launcher}"
+        done = launch(edit_folder, *overrides, "--out", str(out), processes=processes, launcher=launcher, verb="inference")
+        made[launcher] = np.stack([read_image(path) for path in sorted((out / "edited").glob("*.png"))])
+        assert done.stdout.count("editing   ") == 1, "one process speaks"
+        assert ("x 3 pass(es) on 2 devices" in done.stdout) == (processes == 2)
+    assert len(made[""]) == 9
+    assert (made["torchrun"] == made[""]).all()
+    assert (made["deepspeed"] == made[""]).all()
+    assert len(list(edit_folder.path.glob("out*"))) == 3
+
+
+@pytest.mark.slow
+def test_more_processes_than_passes_are_refused(edit_folder):
+    launch(edit_folder)
+    done = launch(edit_folder, "edit.guidance=1", processes=2, check=False, verb="inference")
+    assert done.returncode != 0
+    assert "2 processes for an edit of 1 pass(es) a step" in done.stderr
 
 
 @pytest.mark.slow

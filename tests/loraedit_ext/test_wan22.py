@@ -23,7 +23,7 @@ from loraedit_ext.editor import Editor, Expert
 from loraedit_ext.encode import encode_all, identity
 from loraedit_ext.evaluation.suite_settings import load_suite
 from loraedit_ext.flow import TimestepSampler
-from loraedit_ext.pipeline import World
+from loraedit_ext.pipeline import World, alone
 from loraedit_ext.wan import MaskedWan
 from models.base import I2VModel
 from models.wan.checkpoint import WanCheckpoint
@@ -160,7 +160,7 @@ def experts(folder):
 def editor_of(folder, experts, own, other, *overrides):
     config = load_config(folder.config, [f"model.expert={own}", "edit.guidance=1", *overrides])
     model, ((adapter, _),) = experts[own].model, experts[own].stack
-    return Editor(config, model, adapter, CPU, launch.cache_of(config), (), experts.get(other))
+    return Editor(config, model, adapter, alone(CPU), launch.cache_of(config), (), experts.get(other))
 
 
 def generated(folder, *arguments):
