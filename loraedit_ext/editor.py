@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from common.files import hash_file
 from dataset.cache import LatentCache
 from dataset.job import FIELDS_BEFORE, EditJob
-from loraedit_ext import guidance, lora, masks, pieces, regimes
+from loraedit_ext import flow, guidance, lora, masks, pieces, regimes
 from loraedit_ext.compositing import finished
 from loraedit_ext.config import RunConfig
 from loraedit_ext.encode import encode_all
@@ -99,7 +99,8 @@ class Editor:
 
     def forward(self) -> Forward:
         """The whole transformer on this device; of two experts the one for the noise level, once the other is freed."""
-        loaded = self.experts[0]
+        settings = self.config.edit
+        loaded = self._expert_at(flow.inference_sigmas(settings.steps, settings.shift, settings.sampler)[0] * TIMESTEPS)
         layers = self._load_transformer(loaded).layers()
         dtype = getattr(torch, self.config.model.dtype)
 

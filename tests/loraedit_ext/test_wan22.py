@@ -216,6 +216,10 @@ def test_the_first_expert_is_freed_before_the_second_is_loaded(folder, experts, 
     monkeypatch.setattr(I2VModel, "load_weights", load_weights)
     generated(folder, experts, "high", "low")
     assert alive == [[], [False]]
+    alive.clear()
+    weights.clear()
+    generated(folder, experts, "high", "low", "edit.boundary=1")
+    assert alive == [[]], "an expert that no step is for is not loaded"
 
 
 def test_an_edit_uses_and_records_both_loras(folder, experts, capsys):
