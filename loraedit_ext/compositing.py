@@ -54,11 +54,10 @@ def finished_at_source_size(job: EditJob, generated: np.ndarray, settings: EditS
     preserve[0] &= whole.first_edit.enlarged  # a picture of this size is taken as it was given
     for index, frame in enumerate(stepping(whole.frames, "compositing")):
         if index == 0:
-            frame[:] = blended(frame, regimes.first_picture(whole), preserve[0], settings.feather)
+            made = regimes.first_picture(whole)
         else:
-            made = job.fit.laid_over(frame, generated[index])
-            frame[:] = blended(frame, color_matched(frame, made, preserve[index], settings.color_match), preserve[index],
-                               settings.feather)  # fmt: skip
+            made = color_matched(frame, job.fit.laid_over(frame, generated[index]), preserve[index], settings.color_match)
+        frame[:] = blended(frame, made, preserve[index], settings.feather)
     return whole.frames
 
 

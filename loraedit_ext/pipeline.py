@@ -66,9 +66,11 @@ class World:
         Args:
             value: the result; where another process owns it, a tensor of its shape and dtype, which is overwritten.
         """
-        if self.size > 1:
-            torch.distributed.broadcast(value := value.contiguous(), src=number % self.size)
-        return value
+        if self.size == 1:
+            return value
+        shared = value.contiguous()
+        torch.distributed.broadcast(shared, src=number % self.size)
+        return shared
 
 
 def alone(device: torch.device | None = None) -> World:
