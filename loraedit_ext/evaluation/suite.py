@@ -76,7 +76,10 @@ def run_suite(overrides: Iterable[str], quick: bool = False, out: Path | None = 
     settings, rest = load_suite(overrides, quick)
     out = (out or DEFAULT_OUT).resolve()
     cells = list(_cells(settings, rest, out))
-    run_missing(cells, settings, out)
+    if settings.report_only:
+        _say_what_is_there(cells, out)
+    else:
+        run_missing(cells, settings, out)
     results = Results(suite_tasks.chosen(settings.tasks), records_of(cells, read_records(out)))
     _report(results, cells, settings, rest, out)
     return results
@@ -126,6 +129,14 @@ def _key(task: SuiteTask, pixels: str, method: Method, config: RunConfig, checkp
     if method.key not in suite_methods.PASTES:
         facts["checkpoint"] = checkpoint
     return hash_json(facts)
+
+
+def _say_what_is_there(cells: Sequence[Cell], out: Path) -> None:
+    """Refuse a report of nothing."""
+    there = len(records_of(cells, read_records(out)))
+    print(f"suite     {there} of {len(cells)} results are in {out / RESULTS}; the others are left out", flush=True)
+    if not there:
+        raise UserError(f"{out / RESULTS}: none of the results that are asked for. Remove suite.report_only to compute them.")
 
 
 def run_missing(cells: Sequence[Cell], settings: SuiteSettings, out: Path) -> None:
@@ -251,9 +262,9 @@ def _number(value: float | str | None) -> float:
 
 
 def records_of(cells: Iterable[Cell], records: Iterable[Record]) -> list[Record]:
-    """The records of these cells, in their order; results of other settings stay out."""
+    """The records of these cells, in their order, as far as they are there; results of other settings stay out."""
     by_key = {record["key"]: record for record in records}
-    return [by_key[cell.key] for cell in cells]
+    return [by_key[cell.key] for cell in cells if cell.key in by_key]
 
 
 def _report(

@@ -35,6 +35,8 @@ class SuiteSettings(Settings):
     """Of the appearance stage's steps; the rest is motion."""
     source_guidance: float = Field(2.0, gt=1)
     """`edit.source_guidance` of the methods that have it."""
+    report_only: bool = False
+    """Tables of what the results folder has; nothing is computed."""
     jobs: int | None = Field(None, ge=1)
     """Processes side by side, dealt out over the GPUs if there are any. Default: one a core."""
 

@@ -284,6 +284,22 @@ def test_every_method_leaves_a_whole_line(done: tuple[Path, Results, list[str]])
     assert not (folder / "runs" / "0").exists()
 
 
+def test_a_report_alone_draws_what_is_there_and_computes_nothing(
+    done: tuple[Path, Results, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, results, overrides = done
+    more = [*overrides, "suite.seeds=[0,1]", "suite.report_only=true"]
+    with pytest.raises(UserError, match=r"none of the results.*suite\.report_only"):
+        suite.run_suite(more, out=tmp_path)
+    shutil.copy(out / suite.RESULTS, tmp_path)
+    again = suite.run_suite(more, out=tmp_path)
+    assert again.records == results.records
+    assert lines(tmp_path) == lines(out)
+    assert f"{len(results.records)} of {len(results.records) + 9} results" in capsys.readouterr().out, "nine methods learn"
+    table = suite_report.main_table(results)
+    assert "\n".join(table) in (tmp_path / suite.TABLE).read_text()
+
+
 def test_the_report_has_every_method_and_claim(done: tuple[Path, Results, list[str]]) -> None:
     out, results, _ = done
     text = (out / suite.TABLE).read_text()
