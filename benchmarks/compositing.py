@@ -16,6 +16,7 @@ import numpy as np
 from common.progress import progress
 from dataset.video import read_video
 from loraedit_ext.compositing import composite
+from loraedit_ext.config import EditSettings
 from loraedit_ext.evaluation import metrics
 from loraedit_ext.evaluation.suite import read_records, video_path
 from loraedit_ext.evaluation.suite_statistics import Estimate, estimate, paired
@@ -45,7 +46,8 @@ def kept(out: Path, tasks: Iterable[SuiteTask]) -> Iterator[tuple[TaskMedia, str
 
 def scores(video: np.ndarray, media: TaskMedia, feather: int, reach: int) -> Scores:
     """Of one way to composite a video; frame 0 is given and left out."""
-    made = composite(media.source[1:], video[1:], media.preserve[1:], feather, reach)
+    settings = EditSettings(feather=feather, color_match=reach)
+    made = composite(media.source[1:], video[1:], media.preserve[1:], settings)
     region, seen = ~media.preserve[1:], media.object[1:]
     step = metrics.seam(made, media.source[1:], media.preserve[1:]).excess
     return (step, *(metrics.quality(made, media.truth[1:], where).psnr for where in (region, seen)))

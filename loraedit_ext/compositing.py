@@ -1,4 +1,4 @@
-"""From generated frames to those of the result: the source's pixels put back exactly, colours led to them, a soft seam.
+"""From generated frames to those of the result: source pixels put back exactly, colours and grain that meet them, a soft seam.
 
 Axes: F frames, H W pixels.
 """
@@ -18,13 +18,18 @@ from loraedit_ext.config import EditSettings
 DRIFT = 32.0
 """Grey levels by which a colour may have drifted; what differs by more is taken for another content and hardly counts."""
 
+TILE, LEAST_TILES = 8, 16
+"""Side in pixels of the tiles in which grain is looked for, and how many there must be."""
+GRAIN_WIDTH = 1.0
+"""Sigma in pixels of the blur that grain does not survive."""
+
 
 def finished(job: EditJob, generated: np.ndarray, settings: EditSettings) -> np.ndarray:
     """The frames of an edit as [edit] wants them, from the generated ones: composited, or as they are."""
     if not settings.composite:
         return generated
     preserve = masks.with_first_frame(regimes.preserve_mask(job)).numpy()
-    return composite(regimes.with_first_edit(job), generated, preserve, settings.feather, settings.color_match)
+    return composite(regimes.with_first_edit(job), generated, preserve, settings)
 
 
 def result_size(job: EditJob, settings: EditSettings) -> Size:
@@ -54,31 +59,42 @@ def finished_at_source_size(job: EditJob, generated: np.ndarray, settings: EditS
     preserve[0] &= whole.first_edit.enlarged  # a picture of this size is taken as it was given
     for index, frame in enumerate(stepping(whole.frames, "compositing")):
         if index == 0:
-            made = regimes.first_picture(whole)
+            frame[:] = blended(frame, regimes.first_picture(whole), preserve[0], settings.feather)
         else:
-            made = color_matched(frame, job.fit.laid_over(frame, generated[index]), preserve[index], settings.color_match)
-        frame[:] = blended(frame, made, preserve[index], settings.feather)
+            frame[:] = composited(frame, job.fit.laid_over(frame, generated[index]), preserve[index], settings, index)
     return whole.frames
 
 
-def composite(kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray, feather: int, reach: int) -> np.ndarray:
-    """Put preserved pixels back exactly, with colours that meet them and a soft seam inside the edited region.
+def composite(kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray, settings: EditSettings) -> np.ndarray:
+    """Put preserved pixels back exactly, with colours and grain that meet them and a soft seam inside the edited region.
 
     Args:
         kept: uint8 (F, H, W, 3): the source, frame 0 edited.
         generated: uint8 (F, H, W, 3).
         preserve: bool (F, H, W).
-        feather: width in pixels of the seam; at this distance from a preserved pixel only the generated one counts.
-        reach: of `color_matched`.
     """
     out = np.empty_like(generated)
     for index, mask in enumerate(stepping(preserve, "compositing")):
-        out[index] = blended(kept[index], color_matched(kept[index], generated[index], mask, reach), mask, feather)
+        out[index] = composited(kept[index], generated[index], mask, settings, index)
     return out
 
 
+def composited(
+    kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray, settings: EditSettings, index: int
+) -> np.ndarray:
+    """One frame of `composite`, uint8 (H, W, 3); its number draws its grain."""
+    made = color_matched(kept, generated, preserve, settings.color_match)
+    if settings.grain:
+        made = grained(kept, made, preserve, settings.grain, np.random.default_rng([settings.seed, index]))
+    return blended(kept, made, preserve, settings.feather)
+
+
 def blended(kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray, feather: int) -> np.ndarray:
-    """One frame: the generated picture, (H, W, 3) of any type, inside the region, and uint8 `kept` outside."""
+    """The generated picture, (H, W, 3) of any type, inside the region, and uint8 `kept` outside.
+
+    Args:
+        feather: width in pixels of the seam; at this distance from a preserved pixel only the generated one counts.
+    """
     weight = seam_weight(preserve, feather)[..., None]
     return np.where(preserve[..., None], kept, to_bytes(kept * (1 - weight) + generated * weight))
 
@@ -133,6 +149,45 @@ def _common(local: np.ndarray, weight: np.ndarray) -> np.ndarray:
     mean = np.tensordot(weight, local, 2) / total
     spread = np.tensordot(weight, (local - mean) ** 2, 2) / total
     return mean**3 / (mean**2 + spread + 1e-4)
+
+
+def grained(
+    kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray, strength: float, random: np.random.Generator
+) -> np.ndarray:
+    """A generated frame with as much grain as the preserved pixels have: a VAE makes pictures smoother than a film is.
+
+    Grain is the lower quartile of the standard deviations of a high-pass in tiles of the preserved part: flat tiles show it,
+    others show their texture beside it. What is added is white noise of brightness, by the variance that is missing.
+
+    Args:
+        kept: uint8 (H, W, 3), the source.
+        generated: (H, W, 3) in grey levels.
+        preserve: bool (H, W).
+        strength: 1 adds all that is missing.
+
+    Returns:
+        float32 (H, W, 3) within 0 to 255.
+    """
+    grey = (cv2.cvtColor(picture.astype(np.float32), cv2.COLOR_RGB2GRAY) for picture in (kept, generated))
+    wanted, there = (_grain(picture, preserve) for picture in grey)
+    if wanted <= there:
+        return generated
+    noise = random.standard_normal(preserve.shape, np.float32)
+    missing = (wanted**2 - there**2) ** 0.5 / _grain(noise, np.ones_like(preserve))
+    return np.clip(generated + strength * missing * noise[..., None], 0, 255)
+
+
+def _grain(picture: np.ndarray, preserve: np.ndarray) -> float:
+    """Of a picture of brightness, float32 (H, W); 0 where too little is preserved to tell."""
+    high = picture - _blurred(picture, GRAIN_WIDTH)
+    whole = _tiles(preserve).all((1, 3))
+    return float(np.quantile(_tiles(high).std((1, 3))[whole], 0.25)) if whole.sum() >= LEAST_TILES else 0.0
+
+
+def _tiles(picture: np.ndarray) -> np.ndarray:
+    """(H, W) as (rows, TILE, columns, TILE), without what is left over."""
+    height, width = (side // TILE for side in picture.shape)
+    return picture[: height * TILE, : width * TILE].reshape(height, TILE, width, TILE)
 
 
 def _around(region: np.ndarray, margin: int) -> tuple[slice, slice]:

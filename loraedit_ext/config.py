@@ -243,6 +243,8 @@ class EditSettings(Settings):
     """How far, in pixels of the result, generated colours are led to the source's along the border of the region: the model
     makes the preserved pixels too, so how far it is off is known there. A drift of all colours is undone everywhere. 0: not at
     all. See docs/masks.md."""
+    grain: float = Field(0.0, ge=0, le=2)
+    """Film grain on the generated region: 1 gives it as much as the preserved pixels around it have. Off by default."""
     output: Literal["mp4", "png"] = "mp4"
     size: Literal["source", "model"] = "source"
     """Of the result: the `source`'s own, with the region scaled up to it, or the one that the `model` works at. Without

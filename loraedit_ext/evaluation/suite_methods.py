@@ -214,7 +214,7 @@ def settings_of(method: Method, config: RunConfig) -> dict[str, Any]:
     resolved = config.model_dump(mode="json")
     facts["model"] = {key: value for key, value in _as_before(resolved["model"]).items() if not key.endswith("_path")}
     resolved["edit"] = _as_before(resolved["edit"])
-    for key in ("size", "color_match"):  # the suite judges what the model made, whatever becomes of it
+    for key in ("size", "color_match", "grain"):  # the suite judges what the model made, whatever becomes of it
         del resolved["edit"][key]
     wanted = ["edit", "seed", "mask_rule"]
     if method.training:

@@ -18,6 +18,7 @@ from common import progress
 from dataset.video import read_images, read_video
 from dataset.video_writer import write_images, write_lossless, write_mp4
 from loraedit_ext.compositing import composite
+from loraedit_ext.config import EditSettings
 from models.hunyuan.checkpoint import HunyuanCheckpoint
 from models.layers import calls_shown
 from models.shards import Planned, write_shards
@@ -97,7 +98,7 @@ def test_media_are_read_written_and_composited_behind_bars(monkeypatch: pytest.M
     write_images(tmp_path / "c", FRAMES)
     read_video(tmp_path / "a.mp4")
     read_images(tmp_path / "c")
-    composite(FRAMES, FRAMES, np.ones(FRAMES.shape[:3], bool), feather=2, reach=4)
+    composite(FRAMES, FRAMES, np.ones(FRAMES.shape[:3], bool), EditSettings())
     for description in ("writing a.mp4", "writing b.mkv", "writing c", "reading a.mp4", "reading c", "compositing"):
         assert "/5" in last(terminal, description), description
 
