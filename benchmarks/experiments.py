@@ -44,7 +44,7 @@ VARIANTS = (
     *_variants("scale of the LoRA (alpha / rank)", "adapter.alpha=8 optimizer.lr=4e-3"),
     *_variants("share of appearance in its stage", "suite.appearance_share=0.5", "suite.appearance_share=1.0"),
     *_variants("mask rule", "mask_rule=nearest"),
-    *_variants("timesteps in training", "model.stratified=false"),
+    *_variants("timesteps in training", "model.stratified=false", "model.timestep_sample_method=uniform"),
     *_variants("rank", "adapter.rank=4", "adapter.rank=64"),
     *_variants("steps", "suite.steps=75 suite.appearance_steps=75", "suite.steps=300 suite.appearance_steps=300"),
     *_variants("noise draws a step", "micro_batch_size_per_gpu=4"),
