@@ -57,11 +57,15 @@ def finished_at_source_size(job: EditJob, generated: np.ndarray, settings: EditS
     whole = at_source_size(job)
     preserve = regimes.preserve_mask(whole).numpy()
     preserve[0] &= whole.first_edit.enlarged  # a picture of this size is taken as it was given
+    left, top, width, height = job.crop
+    part = np.s_[top : top + height, left : left + width]  # beyond it nothing was made that the source could be compared with
     for index, frame in enumerate(stepping(whole.frames, "compositing")):
         if index == 0:
-            frame[:] = blended(frame, regimes.first_picture(whole), preserve[0], settings.feather)
+            made = regimes.first_picture(whole)
         else:
-            frame[:] = composited(frame, job.fit.laid_over(frame, generated[index]), preserve[index], settings, index)
+            made = job.fit.laid_over(frame, generated[index]).astype(np.float32)
+            made[part] = matched(frame[part], made[part], preserve[index][part], settings, index)
+        frame[:] = blended(frame, made, preserve[index], settings.feather)
     return whole.frames
 
 
@@ -75,18 +79,19 @@ def composite(kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray, set
     """
     out = np.empty_like(generated)
     for index, mask in enumerate(stepping(preserve, "compositing")):
-        out[index] = composited(kept[index], generated[index], mask, settings, index)
+        made = matched(kept[index], generated[index], mask, settings, index)
+        out[index] = blended(kept[index], made, mask, settings.feather)
     return out
 
 
-def composited(
+def matched(
     kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray, settings: EditSettings, index: int
 ) -> np.ndarray:
-    """One frame of `composite`, uint8 (H, W, 3); its number draws its grain."""
+    """A frame with colours and grain that meet the source's, float32 (H, W, 3); its number draws the grain."""
     made = color_matched(kept, generated, preserve, settings.color_match)
     if settings.grain:
         made = grained(kept, made, preserve, settings.grain, np.random.default_rng([settings.seed, index]))
-    return blended(kept, made, preserve, settings.feather)
+    return made
 
 
 def blended(kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray, feather: int) -> np.ndarray:
@@ -121,7 +126,7 @@ def color_matched(kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray,
 
     Args:
         kept: uint8 (H, W, 3), the source.
-        generated: uint8 (H, W, 3).
+        generated: (H, W, 3) in grey levels.
         preserve: bool (H, W).
         reach: in pixels; 0 changes nothing.
 

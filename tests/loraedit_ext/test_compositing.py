@@ -104,7 +104,9 @@ def test_the_region_gets_the_grain_of_its_surroundings(sigma: float) -> None:
     made = np.repeat(np.tile(row, (128, 1))[..., None], 3, axis=2).astype(np.uint8)
     kept = np.clip(made + np.random.default_rng(1).normal(0, sigma, (128, 160, 1)), 0, 255).round().astype(np.uint8)
     settings = EditSettings(feather=0, color_match=0, grain=1.0)
-    first, again, other = (compositing.composited(kept, made, preserve, settings, index) for index in (1, 1, 2))
+    clip = compositing.composite(*(np.stack([each] * 2) for each in (kept, made, preserve)), settings)
+    first, other = clip
+    again = compositing.composite(kept[None], made[None], preserve[None], settings)[0]
     added = (first.astype(int) - made)[~preserve]
     assert added.std() == pytest.approx(sigma, rel=0.15)
     assert (added == added[:, :1]).mean() > 0.99, "brightness, not colour"

@@ -163,6 +163,26 @@ def test_the_feather_is_measured_in_the_results_pixels(folder):
     assert (row[50:70] == 255).all()
 
 
+@pytest.mark.parametrize("grain", [0.0, 1.0])
+def test_what_lies_beyond_the_part_that_was_made_is_no_measure_of_colours_and_grain(folder, grain):
+    """There the result is the source itself, and would say that nothing had drifted and no grain was missing."""
+    mask = np.full((HEIGHT, WIDTH), 255, np.uint8)
+    mask[:24] = 0
+    write_png(folder / "mask.png", mask)
+    random = np.random.default_rng(2)
+    clean = np.full((FRAMES, HEIGHT, WIDTH, 3), 100, np.uint8)
+    grainy = clean + np.rint(random.normal(0, 5 * grain, (*clean.shape[:3], 1))).astype(np.int8)
+    write_images(folder / "source", grainy.astype(np.uint8))
+    job = load_job(folder / "job.toml", Grid(), {"size": [64, 64]})
+    left, _, width, _ = job.crop
+    assert left > 0
+    made = np.full(job.frames.shape, 109, np.uint8)
+    settings = EditSettings(grain=grain, feather=0)
+    inside = compositing.finished_at_source_size(job, made, settings)[1:, 45:, left + 8 : left + width - 8].astype(int)
+    assert inside.mean() == pytest.approx(100, abs=1.5)
+    assert inside[..., 0].std() == pytest.approx(5 * grain, abs=0.8)
+
+
 @pytest.mark.parametrize("override", ["edit.size=model", "edit.composite=false"])
 def test_the_result_stays_as_the_model_works_where_that_is_asked_for(folder, override):
     job, generated, out = written(folder, override)
