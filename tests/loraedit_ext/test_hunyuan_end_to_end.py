@@ -71,6 +71,21 @@ def test_embedded_guidance_and_classifier_free_guidance_change_the_edit(tmp_path
     assert (results[0] != results[2]).any()
 
 
+@pytest.mark.parametrize("variant", ["token_replace", "latent_concat"])
+def test_skipped_steps_stay_near_the_result_of_all(tmp_path, tiny_hunyuan, variant):
+    """And nearer than the same number of plain steps; the first latents, which token replace keeps clean, included."""
+    folder = write_edit_folder(tmp_path, "hunyuan-video", tiny_hunyuan[variant])
+    train(folder)
+    made = {}
+    ways = {"all": ["edit.steps=12"], "line": ["edit.steps=12", "edit.compute_every=3"], "few": ["edit.steps=7"]}
+    for name, overrides in ways.items():
+        config = load_config(folder.config, ["edit.output=png", "edit.composite=false", *overrides])
+        out = launch.edit(config, None, tmp_path / name)
+        made[name] = np.stack([read_image(path) for path in sorted((out / "edited").glob("*.png"))]).astype(int)
+    line, few = (np.abs(made[name] - made["all"])[1:].mean() for name in ("line", "few"))
+    assert 0 < line < 0.5 * few
+
+
 @pytest.mark.slow
 def test_two_pipeline_stages_equal_one_process(tmp_path, tiny_hunyuan):
     """With clipping, regimes of different shape, and a stage that begins within the double blocks."""
