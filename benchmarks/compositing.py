@@ -19,7 +19,7 @@ from loraedit_ext.compositing import composite
 from loraedit_ext.config import EditSettings
 from loraedit_ext.evaluation import metrics
 from loraedit_ext.evaluation.suite import read_records, video_path
-from loraedit_ext.evaluation.suite_statistics import Estimate, estimate, paired
+from loraedit_ext.evaluation.suite_statistics import estimate, paired
 from loraedit_ext.evaluation.suite_tasks import LISTS, SuiteTask, TaskMedia, chosen
 
 METHODS = ("vae", "naive", "motion", "appearance")
@@ -61,13 +61,9 @@ def table(found: Found) -> str:
         cells = []
         for index in range(len(SCORES)):
             now, plain = ({task: [each[index]] for task, each in of.items()} for of in (by_task, found[method, PLAIN]))
-            cells += [f"{estimate(now).mean:.2f}", "–" if way == PLAIN else _change(paired(now, plain))]
+            cells += [f"{estimate(now).mean:.2f}", "–" if way == PLAIN else paired(now, plain).signed]
         lines.append(f"| {method} | {way[0]} | {way[1]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _change(change: Estimate) -> str:
-    return f"{change.mean:+.2f} ± {change.half_width:.2f}"
 
 
 def main() -> None:

@@ -92,8 +92,7 @@ def _mean(value: Estimate | None) -> str:
 def _change(results: Results, default: Results, method: str, score: str) -> str:
     if results is default:
         return "–"
-    value = paired(results.values(method, score), default.values(method, score))
-    return f"{value.mean:+.2f} ± {value.half_width:.2f}"
+    return paired(results.values(method, score), default.values(method, score)).signed
 
 
 def main() -> None:

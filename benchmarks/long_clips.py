@@ -7,21 +7,20 @@ which is a LoRA of its own. Run again to go on; what is there is kept. Writes OU
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from common.files import write_text_atomic
+from benchmarks.by_task import BUDGET, compare
 from dataset.video import read_media
 from loraedit_ext import launch
 from loraedit_ext.config import RunConfig
 from loraedit_ext.evaluation import metrics
 from loraedit_ext.evaluation.rendering import render
-from loraedit_ext.evaluation.suite_methods import METHODS, Budget, config_of, train, write_config
+from loraedit_ext.evaluation.suite_methods import METHODS, config_of, train, write_config
 from loraedit_ext.evaluation.suite_statistics import estimate, paired
-from loraedit_ext.evaluation.suite_tasks import SIZE, SuiteTask, chosen, read_frames
+from loraedit_ext.evaluation.suite_tasks import SIZE, SuiteTask, read_frames
 from loraedit_ext.evaluation.tasks import TRUTH, edit_boxes, write_task
 from loraedit_ext.results import GENERATED
 
@@ -31,7 +30,6 @@ SHARED = CLIP - 1
 LORAS = {"edited frames 0, 6, 18": (6, 18), "edited frames 0, 6, 12, 18": (6, SHARED, 18)}
 EDITS = {"whole": (), f"pieces of {CLIP}": (f"edit.clip_frames={CLIP}",)}
 HALVES = {"frames 1-11": range(1, SHARED), "frames 13-24": range(CLIP, FRAMES)}
-BUDGET = Budget(steps=150, appearance_steps=150, appearance_share=0.9, source_guidance=2.0)
 Scores = dict[str, float]
 """Of one edit: PSNR in dB of the region to edit, before compositing, by half of the clip."""
 
@@ -76,25 +74,10 @@ def table(found: dict[tuple[str, str], dict[str, Scores]]) -> str:
         whole = [{task: [scores[half]] for task, scores in found[name, "whole"].items()} for half in HALVES]
         means = [f"{estimate(each).mean:.1f}" for each in values]
         changes = [paired(each, other) for each, other in zip(values, whole, strict=True)]
-        told = ["–" if edit == "whole" else f"{each.mean:+.2f} ± {each.half_width:.2f}" for each in changes]
+        told = ["–" if edit == "whole" else each.signed for each in changes]
         lines.append(f"| {name} | {edit} | " + " | ".join([*means, *told]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/long_clips"), help="results folder; run again to go on")
-    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/tiny-wan-i2v"))
-    parser.add_argument("--tasks", default="validation", help="list of tasks, or the name of one")
-    parser.add_argument("--seed", type=int, default=0, help="of training and of the edits' noise")
-    options = parser.parse_args()
-    found: dict[tuple[str, str], dict[str, Scores]] = {}
-    for task in chosen(options.tasks):
-        for key, scores in run_task(task, options.out, options.checkpoint, options.seed):
-            found.setdefault(key, {})[task.name] = scores
-        write_text_atomic(options.out / "long_clips.md", table(found))
-    print(table(found), f"wrote     {options.out / 'long_clips.md'}", sep="\n")
-
-
 if __name__ == "__main__":
-    main()
+    compare(__doc__, "long_clips", run_task, table)

@@ -8,7 +8,6 @@ to go on; LoRAs are kept. Writes OUT/step_skipping.md.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,22 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.files import write_text_atomic
-from dataset.job import EditJob
-from loraedit_ext import flow, guidance, launch, lora, regimes, sampling, skipping
+from benchmarks.by_task import BUDGET, compare
+from loraedit_ext import flow, launch, lora, regimes, sampling, skipping
 from loraedit_ext.editor import Editor
-from loraedit_ext.encode import encode_all
 from loraedit_ext.evaluation import metrics
-from loraedit_ext.evaluation.suite_methods import METHODS, Budget, config_of, train, write_config
+from loraedit_ext.evaluation.suite_methods import METHODS, config_of, train, write_config
 from loraedit_ext.evaluation.suite_statistics import estimate
-from loraedit_ext.evaluation.suite_tasks import SuiteTask, TaskMedia, chosen, write
+from loraedit_ext.evaluation.suite_tasks import SuiteTask, TaskMedia, write
 from loraedit_ext.pipeline import alone
 from loraedit_ext.skipping import Predict
 
 STEPS = 30
 SETTINGS = (f"edit.steps={STEPS}", "edit.shift=5.0", "edit.guidance=5.0", "edit.negative_prompt=''")
-BUDGET = Budget(steps=150, appearance_steps=150, appearance_share=0.9, source_guidance=2.0)
-CPU = torch.device("cpu")
+WORLD = alone(torch.device("cpu"))
 Wrap = Callable[[Predict, Sequence[float]], Predict]
 """A velocity and the noise levels of the steps, to a velocity that asks for it less often."""
 
@@ -109,32 +105,27 @@ class Sampler:
     def __init__(self, task: SuiteTask, folder: Path, checkpoint: Path, seed: int) -> None:
         write(task, folder)
         config = config_of(write_config(folder, checkpoint), METHODS["motion"], seed, BUDGET, SETTINGS)
-        self.settings, self.model = config.edit, launch.build_model(config, CPU)
-        self.job: EditJob = launch.open_job(config, self.model)
-        editor = Editor(config, self.model, lora.read(train(config), self.model), alone(CPU), launch.cache_of(config))
-        passes = guidance.passes(self.job, self.settings, config.mask_rule)
-        samples = [each.sample for each in passes]
-        self.told = guidance.told(passes, encode_all(self.model, samples, editor.cache, config.mask_rule, alone(CPU)))
-        self.forward = editor.forward()
-        self.shape = self.model.geometry.latent_shape(*self.job.frames.shape[:3])
+        self.settings, self.model = config.edit, launch.build_model(config, WORLD.device)
+        job = launch.open_job(config, self.model)
+        editor = Editor(config, self.model, lora.read(train(config), self.model), WORLD, launch.cache_of(config))
+        self.told, self.forward = editor.told(job), editor.forward()
+        self.shape = self.model.geometry.latent_shape(*job.frames.shape[:3])
 
-    @torch.no_grad()
     def __call__(self, way: Way) -> tuple[np.ndarray, int]:
         """The frames that a way makes, uint8 (F, H, W, 3), and how many steps asked the model."""
-        settings, asked = self.settings, 0
-        velocity = sampling.velocity(self.model, self.forward, self.told, settings, alone(CPU))
+        settings, asked = self.settings.model_copy(update={"steps": way.steps}), 0
+        velocity = sampling.velocity(self.model, self.forward, self.told, settings, WORLD)
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             nonlocal asked
             asked += 1
             return velocity(x, t)
 
-        sigmas = flow.inference_sigmas(way.steps, settings.shift, settings.sampler)
-        noise = torch.randn(1, *self.shape, generator=torch.Generator().manual_seed(settings.seed))
-        condition = {name: tensor[None] for name, tensor in self.told[0][0].items()}
-        start = self.model.start_latents(noise, condition)
-        x = flow.sample(way.wrap(predict, sigmas[:-1].tolist()), start, sigmas, settings.sampler)
-        return regimes.to_pixels(self.model.decode_video(self.model.final_latents(x, condition)[0])), asked
+        sigmas = flow.inference_sigmas(settings.steps, settings.shift, settings.sampler)[:-1].tolist()
+        latents = sampling.follow(
+            self.model, way.wrap(predict, sigmas), self.told[0][0], self.shape, settings, WORLD, way.name
+        )
+        return regimes.to_pixels(self.model.decode_video(latents)), asked
 
 
 Scores = tuple[float, float, float]
@@ -162,20 +153,5 @@ def table(found: dict[Way, dict[str, Scores]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/step_skipping"), help="results folder; run again to go on")
-    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/tiny-wan-i2v"))
-    parser.add_argument("--tasks", default="validation", help="list of tasks, or the name of one")
-    parser.add_argument("--seed", type=int, default=0, help="of training and of the edits' noise")
-    options = parser.parse_args()
-    found: dict[Way, dict[str, Scores]] = {}
-    for task in chosen(options.tasks):
-        for way, scores in run_task(task, options.out, options.checkpoint, options.seed):
-            found.setdefault(way, {})[task.name] = scores
-        write_text_atomic(options.out / "step_skipping.md", table(found))
-    print(table(found), f"wrote     {options.out / 'step_skipping.md'}", sep="\n")
-
-
 if __name__ == "__main__":
-    main()
+    compare(__doc__, "step_skipping", run_task, table)

@@ -145,7 +145,8 @@ def color_matched(kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray,
     overall = _common(local, known * (1 - share))
     nearness = np.clip(1 - _distance(~preserve[window]) / reach, 0, 1)[..., None]
     out[window] += (overall + nearness * (local - overall)) * (1 - known)[..., None]
-    return np.clip(out, 0, 255, out=out)
+    np.clip(out[window], 0, 255, out=out[window])
+    return out
 
 
 def _common(local: np.ndarray, weight: np.ndarray) -> np.ndarray:

@@ -85,10 +85,7 @@ class Editor:
 
     def _generate(self, job: EditJob, piece: regimes.Piece, title: str) -> np.ndarray:
         """The frames of a piece, uint8 (F, H, W, 3); the device holds the encoders or the transformer, never both."""
-        settings, rule = self.config.edit, self.config.mask_rule
-        passes = guidance.passes(job, settings, rule, piece=piece)
-        samples = [each.sample for each in passes]
-        told = guidance.told(passes, encode_all(self.model, samples, self.cache, rule, self.world))
+        settings, told = self.config.edit, self.told(job, piece)
         shape = self.model.geometry.latent_shape(len(piece.span), *job.frames.shape[1:3])
         forward = self.forward()
         latents = sample_latents(self.model, forward, told, shape, settings, self.world, title)
@@ -96,6 +93,13 @@ class Editor:
         generated = regimes.to_pixels(self.model.decode_video(latents)) if self.world.is_main else None
         self.model.free_encoders()
         return self.world.broadcast(generated)
+
+    def told(self, job: EditJob, piece: regimes.Piece | None = None) -> list[guidance.Told]:
+        """What the passes of an edit are told, encoded or from the cache; of a piece, by default of the whole clip."""
+        rule = self.config.mask_rule
+        passes = guidance.passes(job, self.config.edit, rule, piece=piece)
+        samples = [each.sample for each in passes]
+        return guidance.told(passes, encode_all(self.model, samples, self.cache, rule, self.world))
 
     def forward(self) -> Forward:
         """The whole transformer on this device; of two experts the one for the noise level, once the other is freed."""

@@ -17,7 +17,6 @@ Forward = Callable[[tuple[Tensor, ...], int], Tensor]
 """The transformer: batched inputs of its first layer, and the number of the pass, to the velocity (1, C, T, h, w)."""
 
 
-@torch.no_grad()
 def sample_latents(
     model: I2VModel, forward: Forward, passes: Sequence[guidance.Told], shape: tuple[int, ...],
     settings: EditSettings, world: World, title: str,
@@ -34,9 +33,23 @@ def sample_latents(
     Returns:
         Normalised latents (C, T, h, w), fp32 on the CPU.
     """
-    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(settings.seed)).to(world.device)
-    edit = _batched(passes[0][0], world.device)
     predict = skipping.Skipping(velocity(model, forward, passes, settings, world), computed_steps(settings))
+    return follow(model, predict, passes[0][0], shape, settings, world, title)
+
+
+@torch.no_grad()
+def follow(
+    model: I2VModel, predict: skipping.Predict, condition: Mapping[str, Tensor], shape: tuple[int, ...],
+    settings: EditSettings, world: World, title: str,
+) -> Tensor:
+    """From noise to latents along a velocity; arguments and result as in `sample_latents`.
+
+    Args:
+        predict: (x, t) -> velocity.
+        condition: what the edit is told, without batch axis.
+    """
+    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(settings.seed)).to(world.device)
+    edit = _batched(condition, world.device)
     sigmas = flow.inference_sigmas(settings.steps, settings.shift, settings.sampler)
     start = model.start_latents(noise, edit)
     with progress(settings.steps, title, unit="step", leave=False, disable=not world.is_main) as bar:

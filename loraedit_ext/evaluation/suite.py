@@ -77,7 +77,7 @@ def run_suite(overrides: Iterable[str], quick: bool = False, out: Path | None = 
     out = (out or DEFAULT_OUT).resolve()
     cells = list(_cells(settings, rest, out))
     if settings.report_only:
-        _say_what_is_there(cells, out)
+        cells = _there(cells, out)
     else:
         run_missing(cells, settings, out)
     results = Results(suite_tasks.chosen(settings.tasks), records_of(cells, read_records(out)))
@@ -131,12 +131,18 @@ def _key(task: SuiteTask, pixels: str, method: Method, config: RunConfig, checkp
     return hash_json(facts)
 
 
-def _say_what_is_there(cells: Sequence[Cell], out: Path) -> None:
-    """Refuse a report of nothing."""
-    there = len(records_of(cells, read_records(out)))
-    print(f"suite     {there} of {len(cells)} results are in {out / RESULTS}; the others are left out", flush=True)
+def _there(cells: Sequence[Cell], out: Path) -> list[Cell]:
+    """The cells that the results file has.
+
+    Raises:
+        UserError: it has none of them.
+    """
+    keys = {record["key"] for record in read_records(out)}
+    there = [cell for cell in cells if cell.key in keys]
+    print(f"suite     {len(there)} of {len(cells)} results are in {out / RESULTS}; the others are left out", flush=True)
     if not there:
         raise UserError(f"{out / RESULTS}: none of the results that are asked for. Remove suite.report_only to compute them.")
+    return there
 
 
 def run_missing(cells: Sequence[Cell], settings: SuiteSettings, out: Path) -> None:
@@ -262,9 +268,9 @@ def _number(value: float | str | None) -> float:
 
 
 def records_of(cells: Iterable[Cell], records: Iterable[Record]) -> list[Record]:
-    """The records of these cells, in their order, as far as they are there; results of other settings stay out."""
+    """The records of these cells, in their order; results of other settings stay out."""
     by_key = {record["key"]: record for record in records}
-    return [by_key[cell.key] for cell in cells if cell.key in by_key]
+    return [by_key[cell.key] for cell in cells]
 
 
 def _report(

@@ -25,6 +25,11 @@ class Estimate:
         return self.mean - self.half_width
 
     @property
+    def signed(self) -> str:
+        """As a change: with its sign, and the interval."""
+        return f"{self.mean:+.2f} ± {self.half_width:.2f}"
+
+    @property
     def high(self) -> float:
         return self.mean + self.half_width
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.step_skipping import Repeating
 from loraedit_ext import flow, skipping
 
 SAMPLERS = ("euler", "unipc", "dpm++")
@@ -76,15 +77,6 @@ def test_a_line_is_nearer_than_repeating_and_than_fewer_steps() -> None:
     assert sum(plan_of(30, 3)) == 13
     assert line < 0.5 * repeated
     assert line < 0.2 * fewer
-
-
-class Repeating(skipping.Skipping):
-    """The last computed velocity stands in for those that are not computed."""
-
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        if next(self._plan):
-            self._known.append((t, self.predict(x, t)))
-        return self._known[-1][1]
 
 
 def test_nothing_is_drawn_through_the_change_of_experts() -> None:

@@ -23,7 +23,7 @@ from loraedit_ext.editor import Editor, Expert
 from loraedit_ext.encode import encode_all, identity
 from loraedit_ext.evaluation.suite_settings import load_suite
 from loraedit_ext.flow import TimestepSampler
-from loraedit_ext.pipeline import World, alone
+from loraedit_ext.pipeline import alone
 from loraedit_ext.wan import MaskedWan
 from models.base import I2VModel
 from models.wan.checkpoint import WanCheckpoint
@@ -184,7 +184,7 @@ def test_both_experts_make_what_a_loop_by_hand_makes(folder, experts):
     model = experts["low"].model
     job = launch.open_job(config, model)
     passes = guidance.passes(job, config.edit, "all")
-    encoded = encode_all(model, [each.sample for each in passes], launch.cache_of(config), "all", World(0, 0, 1, CPU))
+    encoded = encode_all(model, [each.sample for each in passes], launch.cache_of(config), "all", alone(CPU))
     ((condition, _),) = guidance.told(passes, encoded)
     transformers = {}
     for name, expert in experts.items():
