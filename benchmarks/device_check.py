@@ -28,16 +28,16 @@ from benchmarks.wan_step import IMAGE_TOKENS, device_name
 from common.errors import first_line
 from dataset.triple import EncodedTriple
 from loraedit_ext import lora
-from loraedit_ext.config import AdapterSettings
+from loraedit_ext.config import ATTENTION, OFFLOAD, AdapterSettings
 from loraedit_ext.flow import TimestepSampler, generator_for
 from loraedit_ext.objective import Objective
 from loraedit_ext.pipeline import Engine, autocast, distributed
+from loraedit_ext.trainer import checkpoint_activations
 from models.base import I2VModel, release_memory
 from models.checkpoint import Entry, Tensors, slots
 from models.hunyuan.config import VARIANT_OF_CHANNELS, HunyuanConfig, rope_axes
 from models.hunyuan.wrapper import HunyuanI2V
 from models.layers import PipelineLayer
-from models.offload import HostInputs
 from models.wan.config import WanConfig
 from models.wan.wrapper import WanI2V
 
@@ -56,8 +56,8 @@ class Row:
     dtype: torch.dtype = torch.bfloat16
     float8: bool = False
     """Store the blocks' linears in 8 bits."""
-    recompute: bool = False
-    offload: bool = False
+    checkpointing: bool | str = False
+    """As `activation_checkpointing` has it."""
     swapped: int = 0
     tf32: bool = True
     """Let convolutions use TF32, as torch does by itself."""
@@ -75,13 +75,15 @@ BF16, FLOAT8 = Row("bf16"), Row("float8 weights", float8=True)
 ROWS = (
     Row("fp32", torch.float32), Row("fp32 without TF32", torch.float32, tf32=False),
     replace(BF16, name="bf16 on the CPU", cpu=True), BF16,
-    replace(BF16, name="bf16, recompute", recompute=True),
-    replace(BF16, name="bf16, offload", recompute=True, offload=True),
-    replace(BF16, name="bf16, blocks_to_swap", recompute=True, swapped=SWAPPED),
-    replace(BF16, name="bf16, offload, blocks_to_swap", recompute=True, offload=True, swapped=SWAPPED),
+    replace(BF16, name="bf16, recompute", checkpointing=True),
+    replace(BF16, name="bf16, attention", checkpointing=ATTENTION),
+    replace(BF16, name="bf16, offload", checkpointing=OFFLOAD),
+    replace(BF16, name="bf16, blocks_to_swap", checkpointing=True, swapped=SWAPPED),
+    replace(BF16, name="bf16, attention, blocks_to_swap", checkpointing=ATTENTION, swapped=SWAPPED),
+    replace(BF16, name="bf16, offload, blocks_to_swap", checkpointing=OFFLOAD, swapped=SWAPPED),
     replace(FLOAT8, name="float8 weights on the CPU", cpu=True), FLOAT8,
-    replace(FLOAT8, name="float8 weights, recompute", recompute=True),
-    replace(FLOAT8, name="float8 weights, offload, blocks_to_swap", recompute=True, offload=True, swapped=SWAPPED),
+    replace(FLOAT8, name="float8 weights, recompute", checkpointing=True),
+    replace(FLOAT8, name="float8 weights, offload, blocks_to_swap", checkpointing=OFFLOAD, swapped=SWAPPED),
 )  # fmt: skip
 
 
@@ -217,9 +219,7 @@ def build(subject: Subject, row: Row, device: torch.device) -> tuple[I2VModel, l
     for name, weight in lora.trainable(layers).items():
         if ".lora_B." in name:
             weight.data.copy_(torch.randn(weight.shape, generator=generator_for("B", name)) * 0.02)
-    inputs = HostInputs(device) if row.offload else None
-    for layer in layers:
-        layer.recompute, layer.inputs = row.recompute, inputs
+    checkpoint_activations(layers, row.checkpointing, device)
     return model, layers
 
 

@@ -51,8 +51,10 @@ class Row:
 BF16 = ("model.dtype=bfloat16",)
 FLOAT8 = (*BF16, "model.transformer_dtype=float8")
 OFFLOAD, RECOMPUTE, SWAP = "activation_checkpointing=offload", "activation_checkpointing=true", "blocks_to_swap=2"
+ATTENTION = "activation_checkpointing=attention"
 ROWS = (
     Row("fp32", ("model.dtype=float32",)), Row("bf16", BF16), Row("bf16, recompute", (*BF16, RECOMPUTE)),
+    Row("bf16, attention", (*BF16, ATTENTION)),
     Row("bf16, offload", (*BF16, OFFLOAD)), Row("bf16, offload, blocks_to_swap", (*BF16, OFFLOAD, SWAP)),
     Row("float8 weights", FLOAT8), Row("float8 weights, offload, blocks_to_swap", (*FLOAT8, OFFLOAD, SWAP)),
     Row("bf16, stopped and resumed", BF16, stopped=True), Row("bf16, DeepSpeed's launcher", BF16, launcher=True),

@@ -17,12 +17,12 @@ import torch
 
 from dataset.triple import EncodedTriple
 from loraedit_ext import lora
-from loraedit_ext.config import OFFLOAD, AdapterSettings
+from loraedit_ext.config import ATTENTION, OFFLOAD, AdapterSettings
 from loraedit_ext.flow import TimestepSampler
 from loraedit_ext.objective import Objective
 from loraedit_ext.pipeline import Engine, distributed
+from loraedit_ext.trainer import checkpoint_activations
 from models.layers import PipelineLayer
-from models.offload import HostInputs
 from models.streaming import HostMemory, streamed_blocks
 from models.wan.config import WanConfig
 from models.wan.wrapper import WanI2V
@@ -38,14 +38,8 @@ class Case:
     frames: int
     width: int
     height: int
-    recompute: bool
-    offload: bool = False
-    """Keep the blocks' inputs in host memory until they are recomputed."""
-
-    @property
-    def checkpointing(self) -> str:
-        """As `activation_checkpointing` has it."""
-        return OFFLOAD if self.offload else str(self.recompute).lower()
+    checkpointing: bool | str
+    """As `activation_checkpointing` has it."""
 
 
 def main() -> None:
@@ -54,6 +48,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a tiny model and clip")
     parser.add_argument("--steps", type=int, default=4, help="measured steps, after one to warm up")
     parser.add_argument("--swap", type=int, default=0, help="blocks_to_swap; then rows without recomputation are left out")
+    parser.add_argument("--attention", action="store_true", help="each row with recomputation also with attention kept")
     parser.add_argument("--offload", action="store_true", help="each row with recomputation also with its inputs offloaded")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     options = parser.parse_args()
@@ -61,8 +56,9 @@ def main() -> None:
     cases = [Case(13, 128, 128, True), Case(13, 128, 128, False)] if options.small else [
         Case(13, 832, 480, True), Case(49, 832, 480, True)
     ]  # fmt: skip
-    cases = [case for case in cases if case.recompute or not options.swap]
-    cases += [replace(case, offload=True) for case in cases if case.recompute and options.offload]
+    cases = [case for case in cases if case.checkpointing or not options.swap]
+    also = [ATTENTION] * options.attention + [OFFLOAD] * options.offload
+    cases += [replace(case, checkpointing=how) for how in also for case in cases if case.checkpointing]
     with distributed() as world:
         peak = matmul_rate(world.device, getattr(torch, options.dtype))
         print(f"{device_name(world.device)}, torch {torch.__version__}, {options.dtype}; "
@@ -71,7 +67,7 @@ def main() -> None:
         for case in cases:
             seconds, memory = measure(config, case, options.steps, getattr(torch, options.dtype), world.device, options.swap)
             rate = needed_flops(config, case) / seconds
-            print(f"| {case.frames} | {case.width}x{case.height} | {case.checkpointing} | {seconds:.2f} | "
+            print(f"| {case.frames} | {case.width}x{case.height} | {str(case.checkpointing).lower()} | {seconds:.2f} | "
                   f"{f'{memory:.1f}' if memory else 'not counted'} | {rate / 1e12:.2f} | {rate / peak:.0%} |", flush=True)
 
 
@@ -86,9 +82,7 @@ def measure(
     lora.inject(transformer, model, AdapterSettings())
     lora.initialise(layers, 0, device)
     optimizer = torch.optim.AdamW(lora.trainable(layers).values(), lr=1e-4)
-    inputs = HostInputs(device) if case.offload else None
-    for layer in layers:
-        layer.recompute, layer.inputs = case.recompute, inputs
+    checkpoint_activations(layers, case.checkpointing, device)
     engine = Engine(layers, [0, len(layers)], optimizer, Objective.loss, 1, 1, dtype)
     objective = Objective(model, TimestepSampler(), 0, False)
     sample = random_sample(model, config, case)

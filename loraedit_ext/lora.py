@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from models.float8 import FLOAT8
 from models.layers import PipelineLayer
 from models.lora_names import LoraNames, LoraWeights, split_key
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
 ADAPTER = "default"
 EXPORT_NAME = "adapter_model.safetensors"
 FILE_NAMES = (EXPORT_NAME, "pytorch_lora_weights.safetensors", "adapter_model.bin")
@@ -43,7 +46,7 @@ def inject(transformer: nn.Module, model: I2VModel, settings: AdapterSettings) -
     Raises:
         UserError: an entry of `exclude_modules` matches no linear.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import LoraConfig
 
     targets = target_names(transformer, model, settings.exclude_modules)
     transformer.requires_grad_(False)
@@ -53,7 +56,18 @@ def inject(transformer: nn.Module, model: I2VModel, settings: AdapterSettings) -
         lora_dropout=settings.dropout,
         target_modules=targets,
     )
-    inject_adapter_in_model(config, transformer, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+    _inject(config, transformer)
+
+
+def _inject(config: LoraConfig, transformer: nn.Module) -> None:
+    """peft's branches, which leave their input in its dtype: autocast casts it, once for all that read it."""
+    from peft import inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    inject_adapter_in_model(config, transformer, ADAPTER, low_cpu_mem_usage=True)
+    for module in transformer.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
 
 
 def target_names(transformer: nn.Module, model: I2VModel, excluded: Iterable[str] = ()) -> list[str]:
@@ -236,7 +250,7 @@ def attach(
     Raises:
         UserError: it adapts linears that the model lacks or has in another size.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import LoraConfig
 
     layers = list(layers)
     _check_fit(transformer, lora)
@@ -249,7 +263,7 @@ def attach(
     config = LoraConfig(
         r=common, lora_alpha=common, target_modules=list(ranks), rank_pattern=other, alpha_pattern=other
     )
-    inject_adapter_in_model(config, transformer.requires_grad_(False), ADAPTER, low_cpu_mem_usage=True)
+    _inject(config, transformer.requires_grad_(False))
     for layer in layers:
         for name, parameter in trainable([layer]).items():
             value = lora.weights[name].to(device, torch.float32)

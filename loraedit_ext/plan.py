@@ -16,20 +16,26 @@ from dataset.job import EditJob
 from dataset.triple import Triple
 from loraedit_ext import guidance, pieces, regimes
 from loraedit_ext.compositing import is_laid_back, result_size
-from loraedit_ext.config import OFFLOAD, EditSettings, RunConfig, StageSettings
+from loraedit_ext.config import ATTENTION, OFFLOAD, EditSettings, RunConfig, StageSettings
 from loraedit_ext.sampling import computed_steps
 from models.base import I2VModel
+from models.blocks import PIECE
 from models.layers import PipelineLayer
 from models.offload import ON_DEVICE
 from models.streaming import BUFFERS, streamed_blocks
 
 GB = 1e9
-INPUT_BYTES = 4
-"""Of a block's input, the fp32 residual stream, per token and channel."""
-KEPT_ROWS = 28.7
-"""Rows kept per token and block without activation checkpointing (benchmarks/activations.md)."""
-WORKING_ROWS = 36.1
-"""Rows alive at the peak of one block's backward."""
+STREAM_BYTES = 4
+"""Of the fp32 residual stream, per token and channel."""
+KEPT_ROWS = 27.3
+"""Rows kept per block without activation checkpointing, where a row is one activation of the model's width in the compute
+dtype (benchmarks/activations.md has this and the following ones)."""
+ATTENTION_ROWS = 1.02
+"""Rows of attention's result and of what its backward needs beside it."""
+WORKING_ROWS, PIECE_ROWS = 15.8, 24.9
+"""Rows alive at the peak of one block's backward: for all tokens, and more for a piece of them."""
+PLAIN_ROWS = 7.5
+"""The same beside what is kept of the block, if nothing is recomputed."""
 OPTIMIZER_BYTES = 16
 """Per LoRA weight: fp32 weight, gradient, and AdamW's two moments."""
 HEADROOM = 0.92
@@ -111,34 +117,38 @@ def predict_memory(
     frozen = sum(_frozen_bytes(layer, config, model) for layer in layers) - sum(sizes) + BUFFERS * max(sizes, default=0)
     trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     compute = torch.finfo(getattr(torch, config.model.dtype)).bits // 8
-    row = tokens * width * compute * config.micro_batch_size_per_gpu
-    share = 1 / config.pipeline_stages
-    kept, inputs, offloaded = _kept(config, row, tokens * width * INPUT_BYTES * config.micro_batch_size_per_gpu, blocks)
+    values = tokens * width * config.micro_batch_size_per_gpu
+    share, pieces = 1 / config.pipeline_stages, -(-tokens // PIECE)
+    kept, inputs, offloaded = _kept(config, values * compute, values * STREAM_BYTES, blocks)
+    working = values * compute * (WORKING_ROWS + PIECE_ROWS / pieces)
+    if pieces > 1:
+        working += compute * max(_eight_bit_weights(layer, config, model) for layer in layers[1:-1])
     return Memory(
         weights=frozen * share,
         adapter=trained * OPTIMIZER_BYTES * share,
-        activations=kept + row * WORKING_ROWS,
+        activations=kept + (working if config.activation_checkpointing else values * compute * PLAIN_ROWS),
         host=sum(sizes), streamed=len(sizes), copied=sum(sizes[BUFFERS:]) + sum(sizes[:-BUFFERS]),
         inputs=inputs, offloaded=offloaded,
     )
 
 
-def _kept(config: RunConfig, row: float, size: float, blocks: int) -> tuple[float, float, float]:
+def _kept(config: RunConfig, row: float, stream: float, blocks: int) -> tuple[float, float, float]:
     """Bytes kept between forward and backward on the device and on the host, and those offloaded for each micro-batch.
 
     Args:
-        row: bytes of one activation of the model's width in the compute dtype.
-        size: bytes of a block's input.
+        row: bytes of one activation of the model's width in the compute dtype, such as a block's input.
+        stream: bytes of the residual stream between two layers.
     """
     stages = config.pipeline_stages
     in_flight = min(stages, config.gradient_accumulation_steps)
     held = blocks / stages * in_flight
     if not config.activation_checkpointing:
         return row * KEPT_ROWS * held, 0.0, 0.0
+    bounds = 2 * in_flight * stream if stages > 1 else 0.0  # DeepSpeed holds what a stage got and what it sent on
     if config.activation_checkpointing != OFFLOAD:
-        return size * held, 0.0, 0.0
-    bounds = 2 * in_flight if stages > 1 else 0  # DeepSpeed holds what a stage got and what it sent on
-    return size * min(ON_DEVICE + bounds, held), size * held, size * blocks / stages
+        attention = ATTENTION_ROWS if config.activation_checkpointing == ATTENTION else 0.0
+        return row * (1 + attention) * held + bounds, 0.0, 0.0
+    return row * min(ON_DEVICE, held) + bounds, row * held, row * blocks / stages
 
 
 def _frozen_bytes(layer: PipelineLayer, config: RunConfig, model: I2VModel) -> int:
@@ -146,6 +156,15 @@ def _frozen_bytes(layer: PipelineLayer, config: RunConfig, model: I2VModel) -> i
     return sum(
         parameter.numel() * model.dtype_of(name.replace(".base_layer", ""), dtype, linears).itemsize
         for name, parameter in layer.original_parameters() if not parameter.requires_grad
+    )
+
+
+def _eight_bit_weights(layer: PipelineLayer, config: RunConfig, model: I2VModel) -> int:
+    """Weights of a block that are stored in 8 bits: while its pieces are computed they are there upcast as well."""
+    dtype, linears = config.model.storage
+    return sum(
+        parameter.numel() for name, parameter in layer.original_parameters()
+        if not parameter.requires_grad and model.dtype_of(name.replace(".base_layer", ""), dtype, linears).itemsize == 1
     )
 
 
@@ -170,7 +189,7 @@ def advice(config: RunConfig, predict: Callable[[RunConfig], Memory], blocks: in
     if machine.device is None or memory.total <= HEADROOM * machine.device:
         return
     yield f"will not fit: the device has {machine.device / GB:.1f} GB, of which {HEADROOM:.0%} can be used; what helps:"
-    if not config.activation_checkpointing:
+    if config.activation_checkpointing in (False, ATTENTION):
         yield f"- activation_checkpointing = true: {_needs(predict(_with(config, activation_checkpointing=True)))}"
     if config.activation_checkpointing != OFFLOAD:
         yield f"- activation_checkpointing = '{OFFLOAD}': {_needs(predict(_with(config, activation_checkpointing=OFFLOAD)))}"
@@ -181,6 +200,15 @@ def advice(config: RunConfig, predict: Callable[[RunConfig], Memory], blocks: in
     if config.model.transformer_dtype != "float8":
         yield _float8_advice(config, predict, blocks, machine.device)
     yield "- fewer tokens: a smaller size or fewer frames in the job, or its clip_frames"
+
+
+def room(config: RunConfig, predict: Callable[[RunConfig], Memory], machine: Machine) -> Iterator[str]:
+    """What a device has room for that saves time."""
+    if config.activation_checkpointing is not True or config.blocks_to_swap or machine.device is None:
+        return
+    more = predict(_with(config, activation_checkpointing=ATTENTION))
+    if more.total <= HEADROOM * machine.device:
+        yield f"there is room for activation_checkpointing = '{ATTENTION}', which is faster: {_needs(more)}"
 
 
 def _float8_advice(config: RunConfig, predict: Callable[[RunConfig], Memory], blocks: int, device: float) -> str:
@@ -287,6 +315,7 @@ def describe(
         *([f"offloaded the blocks' inputs wait in host memory: {memory.inputs / GB:.2f} GB a process, "
            f"{memory.offloaded / GB:.2f} GB copied out for each micro-batch, and back"] * bool(memory.inputs)),
         *(f"memory    {line}" for line in advice(config, predict, blocks, machine)),
+        *(f"memory    {line}" for line in room(config, predict, machine)),
     ]
     return "\n".join(lines)
 

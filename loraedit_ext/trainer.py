@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from dataset.loader import PipelineLoader, SampleSchedule, Share
 from dataset.triple import EncodedTriple
 from loraedit_ext import flow, lora, metrics, state
 from loraedit_ext import run as runs
-from loraedit_ext.config import OFFLOAD, RunConfig, StageSettings
+from loraedit_ext.config import ATTENTION, OFFLOAD, RunConfig, StageSettings
 from loraedit_ext.objective import Objective
 from loraedit_ext.optim import GradientGuard, build_optimizer, lr_factor
 from loraedit_ext.patience import Patience
@@ -28,6 +28,7 @@ from loraedit_ext.pipeline import Engine, World, check_world, split, stage_of
 from loraedit_ext.preview import FOLDER as PREVIEWS
 from loraedit_ext.preview import Preview, Previewer
 from models.base import I2VModel
+from models.layers import PipelineLayer
 from models.offload import HostInputs
 
 QUANTILES = tuple(k / 10 for k in range(1, 10))
@@ -46,6 +47,13 @@ class StageRun:
     @property
     def last(self) -> int:
         return self.first + self.settings.steps
+
+
+def checkpoint_activations(layers: Iterable[PipelineLayer], how: bool | str, device: torch.device) -> None:
+    """Let a process's layers keep for their backward pass what `activation_checkpointing` says."""
+    inputs = HostInputs(device) if how == OFFLOAD else None
+    for layer in layers:
+        layer.recompute, layer.keep_attention, layer.inputs = bool(how), how == ATTENTION, inputs
 
 
 class Trainer:
@@ -104,9 +112,8 @@ class Trainer:
         self.weights = lora.trainable(self.owned.values())
         self.scale = (config.adapter.alpha or config.adapter.rank) / config.adapter.rank
         self._start_from_existing()
-        inputs = HostInputs(world.device) if config.activation_checkpointing == OFFLOAD else None
+        checkpoint_activations(self.owned.values(), config.activation_checkpointing, world.device)
         for layer in self.owned.values():
-            layer.recompute, layer.inputs = bool(config.activation_checkpointing), inputs
             for parameter in layer.parameters():
                 parameter.model_parallel = True
         self.optimizer = build_optimizer(self.weights.values(), config.optimizer)

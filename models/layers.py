@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from common.progress import brief
-from models.offload import HostInputs, recomputed
+from models.blocks import TransformerBlock, recomputed, resident
+from models.offload import HostInputs
 
 if TYPE_CHECKING:
     from models.streaming import StreamedBlock
@@ -67,16 +69,6 @@ def calls_shown(module: nn.Module, total: int, description: str) -> Iterator[Non
             handle.remove()
 
 
-class TransformerBlock(nn.Module):
-    """One of the blocks that make up nearly all of a transformer.
-
-    Attributes:
-        streamed: set if the weights live in host memory; such a block always recomputes.
-    """
-
-    streamed: StreamedBlock | None = None
-
-
 class PipelineLayer(nn.Module):
     """One link of a transformer's chain: takes and returns a flat tuple of tensors.
 
@@ -86,6 +78,7 @@ class PipelineLayer(nn.Module):
     Attributes:
         origin: attribute name of each submodule -> its dotted name in the original checkpoint.
         recompute: recompute this layer's activations in backward instead of keeping them.
+        keep_attention: all of them but the result of attention.
         inputs: where the inputs of recomputed blocks are kept until then; None: on the device.
     """
 
@@ -93,6 +86,7 @@ class PipelineLayer(nn.Module):
         super().__init__()
         self.origin = origin
         self.recompute = False
+        self.keep_attention = False
         self.inputs: HostInputs | None = None
 
     @property
@@ -101,13 +95,13 @@ class PipelineLayer(nn.Module):
         block = self._modules.get("block")
         return block.streamed if isinstance(block, TransformerBlock) else None
 
-    def run(self, block: TransformerBlock, hidden: Tensor, *arguments: Any) -> Tensor:
-        """`block(hidden, *arguments)`, its activations recomputed in backward if `recompute` says so."""
-        if block.streamed is not None:
-            return block.streamed.run(block, self.inputs, hidden, *arguments)
-        if self.recompute and torch.is_grad_enabled():
-            return recomputed(block, hidden, *arguments, inputs=self.inputs)
-        return block(hidden, *arguments)
+    def run(self, block: TransformerBlock[Any], hidden: Tensor, at: Any) -> Tensor:
+        """`block(hidden, at)`, its activations recomputed in backward if `recompute` says so."""
+        lend = block.streamed.lent if block.streamed else resident
+        if torch.is_grad_enabled() and (self.recompute or block.streamed):
+            return recomputed(block, hidden, at, self.inputs, self.keep_attention, lend)
+        with lend(True):
+            return block(hidden, at)
 
     def original_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters under the names that the original checkpoint gives them."""
@@ -126,6 +120,13 @@ class Float32Linear(nn.Linear):
         with torch.autocast(x.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.float()
             return F.linear(x.float(), self.weight.float(), bias)
+
+
+def linear_rows(linear: nn.Module, x: Tensor, where: slice) -> Tensor:
+    """Some of a linear's outputs: what it computes with these rows of its weights, also if a LoRA wraps it."""
+    tensors = (*linear.named_parameters(), *linear.named_buffers())
+    rows = {name: tensor[where] for name, tensor in tensors if tensor.ndim and len(tensor) == linear.out_features}
+    return functional_call(linear, rows, (x,))
 
 
 class Float32LayerNorm(nn.LayerNorm):

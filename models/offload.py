@@ -1,7 +1,7 @@
-"""Recomputed blocks, and their inputs in host memory until then (`activation_checkpointing = "offload"`).
+"""Inputs of recomputed blocks in host memory until they are needed (`activation_checkpointing = "offload"`).
 
-`torch.utils.checkpoint` keeps a block's input for its recomputation; hooks on saved tensors put that input into host
-memory instead. It is copied out behind the forward pass and back ahead of the backward pass, where each block fetches the
+A block keeps its input for its recomputation (models/blocks.py); hooks on saved tensors put that input into host memory
+instead. It is copied out behind the forward pass and back ahead of the backward pass, where each block fetches the
 input of the block before it. At most `ON_DEVICE` inputs are on the device beside those that a block computes with: on
 their way out, or back and waiting. What comes back is what went, to the bit.
 
@@ -12,38 +12,19 @@ stream was told before it, and the computing stream waits for it before its devi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from models.pinned import HostAllocator
 
 ON_DEVICE = 2
 _PIECE = 16 << 20
 """Bytes of one host allocation: a power of two, which page-locked memory is rounded up to, and small beside an input."""
-
-Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
-
-
-def recomputed(
-    block: nn.Module, hidden: Tensor, *arguments: Any, inputs: HostInputs | None = None, contexts: Contexts = noop_context_fn
-) -> Tensor:
-    """`block(hidden, *arguments)`, its activations recomputed in backward.
-
-    Args:
-        hidden: the one input that differs from block to block; all others are shared and stay where they are.
-        inputs: keeps `hidden` until then; None: it stays on the device.
-        contexts: makes the contexts of the forward pass and of the recomputation.
-    """
-    with inputs.keeping() if inputs else nullcontext():
-        return checkpoint(lambda given: block(given, *arguments), hidden, use_reentrant=False, context_fn=contexts)
-
 
 class HostInputs:
     """Inputs of blocks in host memory, between their forward pass and their recomputation.

@@ -1,11 +1,11 @@
 """One-way streaming of frozen blocks: their weights live in host memory, and two buffers on the device take turns.
 
 Streamed block k computes in buffer k % 2; its parameters are views of that buffer for good, only the bytes under them
-change. A block is lent its buffer while it computes: in the forward pass, then from its recomputation to the end of its
-backward. A buffer that comes back is refilled at once with the block that needs it next, on a copy stream of its own,
-while the other one computes. Weights never travel back. Where both passes turn, the buffers hold what is needed, so
-with N + 2 streamed blocks a training step copies N blocks forward and N backward for each micro-batch. At the end of a
-pass no copy is under way: what was fetched was used, so the buffers may be freed like any memory.
+change. A block is lent its buffer while it computes, in the forward pass and in the backward pass. A buffer that comes
+back is refilled at once with the block that needs it next, on a copy stream of its own, while the other one computes.
+Weights never travel back. Where both passes turn, the buffers hold what is needed, so with N + 2 streamed blocks a
+training step copies N blocks forward and N backward for each micro-batch. At the end of a pass no copy is under way: what
+was fetched was used, so the buffers may be freed like any memory.
 
 Ordering on a GPU is by two events a buffer and nothing else: `ready` (filled) and `free` (no kernel reads it any more).
 """
@@ -14,15 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.errors import UserError
 from models.checkpoint import place
 from models.layers import PipelineLayer
-from models.offload import HostInputs, recomputed
 from models.pinned import HostAllocator
 
 BUFFERS = 2
@@ -140,8 +138,6 @@ class Ring:
         size = max(sum(len(piece) for piece in pieces) for pieces in blocks)
         self.buffers = [_Buffer(size, device) for _ in range(BUFFERS)]
         self.copied = 0
-        self.token = torch.zeros((), device=device, requires_grad=True)
-        """Makes autograd come back to a block's entry even if its input needs no gradient."""
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def acquire(self, number: int) -> None:
@@ -213,57 +209,23 @@ class StreamedBlock:
     def __init__(self, ring: Ring, number: int) -> None:
         self.ring, self.number = ring, number
 
-    def run(self, block: nn.Module, inputs: HostInputs | None, hidden: Tensor, *arguments: Any) -> Tensor:
-        """`block(hidden, *arguments)`, in training with its activations recomputed in backward.
+    @contextmanager
+    def lent(self, forward: bool = True) -> Iterator[None]:
+        """The block's weights on the device.
 
         Args:
-            inputs: where `hidden` is kept until then; None: on the device.
+            forward: in a forward pass; else in a backward pass, in which the block before comes next.
         """
-        if not torch.is_grad_enabled():
-            with self._lent(self.number + BUFFERS):
-                return block(hidden, *arguments)
-        hidden = _Entry.apply(hidden, self.ring.token, self)
-        return recomputed(
-            block, hidden, *arguments, inputs=inputs,
-            contexts=lambda: (self._lent(self.number + BUFFERS), self._lent_until_entry()),
-        )
-
-    @contextmanager
-    def _lent(self, following: int) -> Iterator[None]:
         self.ring.acquire(self.number)
         try:
             yield
         finally:
-            self.ring.release(self.number, following)
-
-    @contextmanager
-    def _lent_until_entry(self) -> Iterator[None]:
-        """For the recomputation: the backward that follows it reads the weights as well, up to `_Entry`."""
-        self.ring.acquire(self.number)
-        yield
+            self.ring.release(self.number, self.number + (BUFFERS if forward else -BUFFERS))
 
     @contextmanager
     def changing(self) -> Iterator[None]:
         """The block's weights on the device, to be changed in place for good."""
-        with self._lent(self.number):
+        with self.lent():
             yield
             self.ring.store(self.number)
 
-
-class _Entry(torch.autograd.Function):
-    """The identity before a block. Its backward is the last of the block.
-
-    Autograd runs the nodes that are ready latest-made first, and this one is made before all of the block: also those
-    run before it that lead to a LoRA alone.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, _token: Tensor, block: StreamedBlock) -> Tensor:
-        ctx.block = block
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        block = ctx.block
-        block.ring.release(block.number, block.number - BUFFERS)
-        return gradient, None, None

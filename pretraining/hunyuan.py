@@ -19,7 +19,7 @@ from torch import Tensor
 from loraedit_ext import cli
 from models.base import TIMESTEPS
 from models.hunyuan.config import LATENT_CHANNELS, HunyuanConfig, rope_axes
-from models.hunyuan.transformer import ROPE_THETA, HunyuanTransformer, SingleBlock
+from models.hunyuan.transformer import ROPE_THETA, Conditions, HunyuanTransformer, SingleBlock
 from models.layers import rope_table
 from pretraining import encoders, loop
 from pretraining.latents import LatentPool
@@ -92,9 +92,9 @@ def velocity(model: HunyuanTransformer, latents: Tensor, timestep: Tensor, text:
     vector = model.time_in(timestep) + model.vector_in(pooled)
     rope = rope_table(grid, model.config.rope_axes, ROPE_THETA).to(latents.device)
     hidden = torch.cat([patches.flatten(2).mT.float(), words], dim=1)
-    lengths = [hidden.shape[1]] * len(hidden)
+    at = Conditions(vector, rope, [hidden.shape[1]] * len(hidden))
     for block in (*model.double_blocks, *model.single_blocks):
-        hidden = block(hidden, vector, rope, lengths)
+        hidden = block(hidden, at)
     _, height, width = model.config.patch_size
     return rearrange(
         model.final_layer(hidden[:, : math.prod(grid)], vector), "b (t h w) (c ph pw) -> b c t (h ph) (w pw)",

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from common.errors import UserError
 from loraedit_ext import cli, flow
 from models.base import TIMESTEPS
-from models.layers import TransformerBlock, sinusoid
+from models.blocks import TransformerBlock
+from models.layers import sinusoid
 from models.wan.config import WanConfig
 from models.wan.encoders import WanVAE
-from models.wan.transformer import EmbedLayer, WanTransformer
+from models.wan.transformer import Conditions, EmbedLayer, WanTransformer
 from pretraining import encoders, loop, replicas
 from pretraining.conditioning import Conditioner
 from pretraining.graphs import Replayed
@@ -78,10 +79,10 @@ def velocity(model: WanTransformer, noisy: Tensor, timestep: Tensor, y: Tensor, 
     rope = _rope(model, (frames, height, width), noisy.device)
     time = model.time_embedding(sinusoid(timestep, model.config.freq_dim))
     modulation = model.time_projection(time).unflatten(1, (6, -1))
-    words, picture = model.text_embedding(text), model.img_emb(image)
+    at = Conditions(modulation, rope, (model.text_embedding(text), model.img_emb(image)))
     hidden = patches.flatten(2).transpose(1, 2).float()
     for block in model.blocks:
-        hidden = block(hidden, modulation, rope, words, picture)
+        hidden = block(hidden, at)
     pt, ph, pw = model.config.patch_size
     return rearrange(
         model.head(hidden, time), "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)",

@@ -23,7 +23,7 @@ output_dir = "runs"
 dataset = "{job}"
 # On a card of 24 GB switch on these two and transformer_dtype; train.py --dry_run predicts the memory, docs/memory.md has more.
 # activation_checkpointing = "offload"
-# blocks_to_swap = 12
+# blocks_to_swap = 4
 
 [model]
 type = "{family}"

@@ -9,7 +9,7 @@ width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -17,15 +17,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from models.blocks import Tensors, TransformerBlock, slices
 from models.hunyuan.config import REFINER_MLP_RATIO, SINUSOID_WIDTH, HunyuanConfig
 from models.layers import (
     Float32LayerNorm,
     Float32Linear,
     PipelineLayer,
     RMSNorm,
-    TransformerBlock,
     attention,
     freeze,
+    linear_rows,
     rope_table,
     rotate,
     sinusoid,
@@ -47,11 +48,13 @@ def ragged_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) ->
         groups = [(slice(None), lengths[0])]
     else:
         groups = [(slice(index, index + 1), length) for index, length in enumerate(lengths)]
-    outputs = [
-        F.pad(attention(q[who, :length], k[who, :length], v[who, :length]), (0, 0, 0, total - length))
-        for who, length in groups
-    ]
-    return torch.cat(outputs)
+    outputs = [_padded(attention(q[who, :length], k[who, :length], v[who, :length]), total) for who, length in groups]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _padded(x: Tensor, length: int) -> Tensor:
+    """(B, n, D) -> (B, length, D) with zeros behind."""
+    return x if x.shape[1] == length else F.pad(x, (0, 0, 0, length - x.shape[1]))
 
 
 class TimestepEmbedder(nn.Module):
@@ -163,8 +166,8 @@ class TokenModulation:
 
     noisy: tuple[Tensor, ...]
     """fp32 (B, 1, D) each."""
-    clean: tuple[Tensor, ...] | None = None
-    """The same for preserved tokens."""
+    clean: tuple[Tensor, ...] = ()
+    """The same for preserved tokens; none if they have no other."""
     preserved: Tensor | None = None
     """bool (B, S, 1), which tokens these are."""
 
@@ -178,7 +181,7 @@ class TokenModulation:
 
     def _chosen(self, apply: Callable[..., Tensor], third: int, *which: int) -> Tensor:
         noisy = apply(*(self.noisy[3 * third + index] for index in which))
-        if self.clean is None or self.preserved is None:
+        if not self.clean or self.preserved is None:
             return noisy
         return torch.where(self.preserved, apply(*(self.clean[3 * third + index] for index in which)), noisy)
 
@@ -194,16 +197,38 @@ class Modulation(nn.Module):
     def project(self, vector: Tensor) -> tuple[Tensor, ...]:
         return self.linear(F.silu(vector)).float().unsqueeze(1).chunk(self.factor, dim=-1)
 
-    def forward(
-        self, vector: Tensor, clean: Tensor | None = None, preserved: Tensor | None = None
-    ) -> TokenModulation:
-        """vector fp32 (B, D) of noisy tokens; clean (B, D) of preserved ones, and which they are, bool (B, S)."""
-        if clean is None or preserved is None:
-            return TokenModulation(self.project(vector))
-        return TokenModulation(self.project(vector), self.project(clean), preserved.unsqueeze(-1))
+    def forward(self, vector: Tensor, clean: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Vector fp32 (B, D) of noisy tokens, and of preserved ones if theirs differs -> (B, 1, D) each."""
+        return self.project(vector) if clean is None else (*self.project(vector), *self.project(clean))
 
 
-class DoubleBlock(TransformerBlock):
+@dataclass(frozen=True)
+class Conditions:
+    """What a block's pass depends on beside its input.
+
+    Attributes:
+        vector: fp32 (B, D), modulation vector.
+        rope: fp32 (2, n, d/2) of the tokens at hand; None if they are of the text.
+        lengths: valid tokens of each sample, padding last.
+        clean: modulation vector (B, D) of preserved image tokens, if theirs differs.
+        preserved: which of the tokens at hand these are, bool (B, n).
+    """
+
+    vector: Tensor
+    rope: Tensor | None
+    lengths: Sequence[int]
+    clean: Tensor | None = None
+    preserved: Tensor | None = None
+
+    def part(self, where: slice) -> Conditions:
+        """Of a piece of the tokens at hand."""
+        return replace(
+            self, rope=None if self.rope is None else self.rope[:, where],
+            preserved=None if self.preserved is None else self.preserved[:, where],
+        )
+
+
+class DoubleBlock(TransformerBlock[Conditions]):
     """Image and text with weights of their own, attending jointly (original `MMDoubleStreamBlock`)."""
 
     def __init__(self, config: HunyuanConfig) -> None:
@@ -224,40 +249,43 @@ class DoubleBlock(TransformerBlock):
         self.txt_attn_proj = nn.Linear(dim, dim)
         self.txt_mlp = MLP(dim, hidden, nn.GELU(approximate="tanh"))
 
-    def forward(
-        self, x: Tensor, vector: Tensor, rope: Tensor, lengths: Sequence[int],
-        clean: Tensor | None = None, preserved: Tensor | None = None,
-    ) -> Tensor:
-        """One block.
+    def pieces(self, x: Tensor, at: Conditions, most: int) -> list[tuple[slice, Conditions]]:
+        """Image tokens, which come first, and text tokens apart."""
+        image = at.rope.shape[1]
+        text = replace(at, rope=None, preserved=None)
+        return [
+            *((where, at.part(where)) for where in slices(0, image, most)),
+            *((where, text) for where in slices(image, x.shape[1], most)),
+        ]
 
-        Args:
-            x: fp32 residual stream (B, S, D), image tokens first.
-            vector: fp32 (B, D), modulation vector.
-            rope: fp32 (2, N, d/2) of the image tokens.
-            lengths: valid tokens of each sample, padding last.
-            clean, preserved: modulation vector (B, D) of preserved image tokens, and which they are, bool (B, N).
-        """
-        tokens = rope.shape[1]
-        img, txt = x[:, :tokens], x[:, tokens:]
-        img_mod, txt_mod = self.img_mod(vector, clean, preserved), self.txt_mod(vector)
-        q, k, v = self.heads(self.img_attn_qkv(img_mod.modulate(self.norm(img))))
-        q, k = rotate(self.img_attn_q_norm(q), rope), rotate(self.img_attn_k_norm(k), rope)
-        txt_q, txt_k, txt_v = self.heads(self.txt_attn_qkv(txt_mod.modulate(self.norm(txt))))
-        txt_q, txt_k = self.txt_attn_q_norm(txt_q), self.txt_attn_k_norm(txt_k)
-        pairs = ((q, txt_q), (k, txt_k), (v, txt_v))
-        attended = ragged_attention(*(torch.cat(pair, dim=1) for pair in pairs), lengths)
-        img = img + img_mod.gate(self.img_attn_proj(attended[:, :tokens]))
-        txt = txt + txt_mod.gate(self.txt_attn_proj(attended[:, tokens:]))
-        img = img + img_mod.gate(self.img_mlp(img_mod.modulate(self.norm(img), 1)), 1)
-        txt = txt + txt_mod.gate(self.txt_mlp(txt_mod.modulate(self.norm(txt), 1)), 1)
-        return torch.cat([img, txt], dim=1)
+    def shared(self, at: Conditions) -> Tensors:
+        """The text's six modulation vectors (B, 1, D), then the image's, then those of preserved tokens."""
+        return *self.txt_mod(at.vector), *self.img_mod(at.vector, at.clean)
 
-    def heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        """(B, S, 3*D) -> q, k, v (B, S, H, d)."""
-        return qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+    def normalise(self, x: Tensor, shared: Tensors, at: Conditions) -> Tensor:
+        return self._modulation(shared, at).modulate(self.norm(x))
+
+    def project(self, normalised: Tensor, shared: Tensors, at: Conditions) -> Tensors:
+        if at.rope is None:
+            q, k, v = heads(self.txt_attn_qkv(normalised), self.num_heads)
+            return self.txt_attn_q_norm(q), self.txt_attn_k_norm(k), v
+        q, k, v = heads(self.img_attn_qkv(normalised), self.num_heads)
+        return rotate(self.img_attn_q_norm(q), at.rope), rotate(self.img_attn_k_norm(k), at.rope), v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, at: Conditions) -> Tensor:
+        return ragged_attention(q, k, v, at.lengths)
+
+    def finish(self, x: Tensor, attended: Tensor, shared: Tensors, at: Conditions) -> Tensor:
+        modulation = self._modulation(shared, at)
+        project, mlp = (self.txt_attn_proj, self.txt_mlp) if at.rope is None else (self.img_attn_proj, self.img_mlp)
+        x = x + modulation.gate(project(attended))
+        return x + modulation.gate(mlp(modulation.modulate(self.norm(x), 1)), 1)
+
+    def _modulation(self, shared: Tensors, at: Conditions) -> TokenModulation:
+        return token_modulation(shared[:6] if at.rope is None else shared[6:], 6, at.preserved)
 
 
-class SingleBlock(TransformerBlock):
+class SingleBlock(TransformerBlock[Conditions]):
     """Attention and feed-forward side by side over all tokens (original `MMSingleStreamBlock`)."""
 
     def __init__(self, config: HunyuanConfig) -> None:
@@ -272,22 +300,40 @@ class SingleBlock(TransformerBlock):
         self.k_norm = RMSNorm(config.head_dim, EPS)
         self.linear2 = nn.Linear(dim + config.mlp_dim, dim)
 
-    def forward(
-        self, x: Tensor, vector: Tensor, rope: Tensor, lengths: Sequence[int],
-        clean: Tensor | None = None, preserved: Tensor | None = None,
-    ) -> Tensor:
-        """One block; arguments as of `DoubleBlock`."""
-        text = x.shape[1] - rope.shape[1]
-        if preserved is not None:
-            preserved = F.pad(preserved, (0, text))
-        modulation = self.modulation(vector, clean, preserved)
-        qkv, hidden = self.linear1(modulation.modulate(self.norm(x))).split(self.widths, dim=-1)
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        rope = with_text(rope, text)
-        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
-        attended = ragged_attention(q, k, v, lengths)
+    def pieces(self, x: Tensor, at: Conditions, most: int) -> list[tuple[slice, Conditions]]:
+        text = x.shape[1] - at.rope.shape[1]
+        preserved = None if at.preserved is None else F.pad(at.preserved, (0, text))
+        whole = replace(at, rope=with_text(at.rope, text), preserved=preserved)
+        return [(where, whole.part(where)) for where in slices(0, x.shape[1], most)]
+
+    def shared(self, at: Conditions) -> Tensors:
+        """Three modulation vectors (B, 1, D), then those of preserved tokens."""
+        return self.modulation(at.vector, at.clean)
+
+    def normalise(self, x: Tensor, shared: Tensors, at: Conditions) -> Tensor:
+        return token_modulation(shared, 3, at.preserved).modulate(self.norm(x))
+
+    def project(self, normalised: Tensor, shared: Tensors, at: Conditions) -> Tensors:
+        q, k, v = heads(linear_rows(self.linear1, normalised, slice(self.widths[0])), self.num_heads)
+        return rotate(self.q_norm(q), at.rope), rotate(self.k_norm(k), at.rope), v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, at: Conditions) -> Tensor:
+        return ragged_attention(q, k, v, at.lengths)
+
+    def finish(self, x: Tensor, attended: Tensor, shared: Tensors, at: Conditions) -> Tensor:
+        hidden = linear_rows(self.linear1, self.normalise(x, shared, at), slice(self.widths[0], None))
         out = self.linear2(torch.cat([attended, F.gelu(hidden, approximate="tanh")], dim=-1))
-        return x + modulation.gate(out)
+        return x + token_modulation(shared, 3, at.preserved).gate(out)
+
+
+def heads(qkv: Tensor, count: int) -> tuple[Tensor, ...]:
+    """(B, n, 3*D) -> q, k, v (B, n, H, d)."""
+    return qkv.unflatten(-1, (3, count, -1)).unbind(2)
+
+
+def token_modulation(vectors: Tensors, count: int, preserved: Tensor | None) -> TokenModulation:
+    """`count` vectors of noisy tokens, perhaps as many of preserved ones, and which these are, bool (B, n)."""
+    return TokenModulation(vectors[:count], vectors[count:], None if preserved is None else preserved.unsqueeze(-1))
 
 
 def with_text(rope: Tensor, text: int) -> Tensor:
@@ -371,7 +417,7 @@ class BlockLayer(PipelineLayer):
     def forward(self, stream: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden, vector, rope, lengths, _, *replace = stream
         clean, preserved = (thaw(replace[0]), replace[1].bool()) if replace else (None, None)
-        hidden = self.run(self.block, hidden, thaw(vector), thaw(rope), lengths.tolist(), clean, preserved)
+        hidden = self.run(self.block, hidden, Conditions(thaw(vector), thaw(rope), lengths.tolist(), clean, preserved))
         return (hidden, *stream[1:])
 
 

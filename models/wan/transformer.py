@@ -6,6 +6,7 @@ Axes: B batch, C T h w latents, N = T * h/2 * w/2 tokens, D width, L text tokens
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -13,12 +14,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from models.blocks import Tensors, TransformerBlock, slices
 from models.layers import (
     Float32LayerNorm,
     Float32Linear,
     PipelineLayer,
     RMSNorm,
-    TransformerBlock,
     attention,
     freeze,
     rope_table,
@@ -52,10 +53,11 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Attention over all video tokens, with rotary position embedding."""
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+    def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of tokens (B, n, D)."""
         q = rotate(self.heads(self.norm_q(self.q(x))), rope)
         k = rotate(self.heads(self.norm_k(self.k(x))), rope)
-        return self.o(attention(q, k, self.heads(self.v(x))))
+        return q, k, self.heads(self.v(x))
 
 
 class CrossAttention(Attention):
@@ -69,14 +71,18 @@ class CrossAttention(Attention):
         self.v_img = nn.Linear(config.dim, config.dim)
         self.norm_k_img = RMSNorm(config.dim, config.eps)
 
-    def forward(self, x: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
-        q = self.heads(self.norm_q(self.q(x)))
-        to_text = attention(q, self.heads(self.norm_k(self.k(text))), self.heads(self.v(text)))
+    def keys(self, text: Tensor, image: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Keys and values of the text (B, L, H, d) and of the image, if there is one."""
+        of_text = self.heads(self.norm_k(self.k(text))), self.heads(self.v(text))
         if image is None:
-            return self.o(to_text)
-        image_key = self.heads(self.norm_k_img(self.k_img(image)))
-        to_image = attention(q, image_key, self.heads(self.v_img(image)))
-        return self.o(to_text + to_image)
+            return of_text
+        return *of_text, self.heads(self.norm_k_img(self.k_img(image))), self.heads(self.v_img(image))
+
+    def forward(self, x: Tensor, *keys: Tensor) -> Tensor:
+        """Tokens (B, n, D) and what `keys` gave -> (B, n, D)."""
+        q = self.heads(self.norm_q(self.q(x)))
+        attended = attention(q, *keys[:2])
+        return self.o(attended + attention(q, *keys[2:]) if keys[2:] else attended)
 
 
 class FeedForward(nn.Sequential):
@@ -90,7 +96,22 @@ class FeedForward(nn.Sequential):
         )
 
 
-class Block(TransformerBlock):
+@dataclass(frozen=True)
+class Conditions:
+    """What a block's pass depends on beside its input.
+
+    Attributes:
+        modulation: fp32 (B, 6, D): shift, scale, gate of attention, then of feed-forward.
+        rope: fp32 (2, n, d/2), of the tokens at hand.
+        context: (B, L, D) projected text tokens, (B, I, D) projected image tokens if the model reads an image.
+    """
+
+    modulation: Tensor
+    rope: Tensor
+    context: tuple[Tensor, ...]
+
+
+class Block(TransformerBlock[Conditions]):
     """Self-attention, cross-attention and feed-forward, the first and last modulated by the timestep."""
 
     def __init__(self, config: WanConfig) -> None:
@@ -103,21 +124,30 @@ class Block(TransformerBlock):
         self.ffn = FeedForward(config)
         self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
 
-    def forward(self, x: Tensor, modulation: Tensor, rope: Tensor, *context: Tensor) -> Tensor:
-        """One block.
+    def pieces(self, x: Tensor, at: Conditions, most: int) -> list[tuple[slice, Conditions]]:
+        parts = slices(0, x.shape[1], most)
+        return [(where, replace(at, rope=at.rope[:, where])) for where in parts]
 
-        Args:
-            x: fp32 residual stream (B, N, D).
-            modulation: fp32 (B, 6, D): shift, scale, gate of attention, then of feed-forward.
-            rope: fp32 (2, N, d/2).
-            context: (B, L, D) projected text tokens, (B, I, D) projected image tokens if the model reads an image.
-        """
-        modulation = self.modulation.float() + modulation
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.chunk(6, dim=1)
-        attended = self.self_attn(to_autocast(self.norm1(x) * (1 + scale) + shift), rope)
-        x = x + attended * gate
-        x = x + self.cross_attn(to_autocast(self.norm3(x)), *context)
-        return x + self.ffn(to_autocast(self.norm2(x) * (1 + ffn_scale) + ffn_shift)) * ffn_gate
+    def shared(self, at: Conditions) -> Tensors:
+        """Six modulation vectors (B, 1, D), then keys and values of text and image."""
+        modulation = self.modulation.float() + at.modulation
+        return *modulation.chunk(6, dim=1), *self.cross_attn.keys(*at.context)
+
+    def normalise(self, x: Tensor, shared: Tensors, at: Conditions) -> Tensor:
+        shift, scale, *_ = shared
+        return to_autocast(self.norm1(x) * (1 + scale) + shift)
+
+    def project(self, normalised: Tensor, shared: Tensors, at: Conditions) -> Tensors:
+        return self.self_attn.project(normalised, at.rope)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, at: Conditions) -> Tensor:
+        return attention(q, k, v)
+
+    def finish(self, x: Tensor, attended: Tensor, shared: Tensors, at: Conditions) -> Tensor:
+        _, _, gate, shift, scale, ffn_gate, *keys = shared
+        x = x + self.self_attn.o(attended) * gate
+        x = x + self.cross_attn(to_autocast(self.norm3(x)), *keys)
+        return x + self.ffn(to_autocast(self.norm2(x) * (1 + scale) + shift)) * ffn_gate
 
 
 class ImageProjection(nn.Module):
@@ -192,7 +222,7 @@ class BlockLayer(PipelineLayer):
 
     def forward(self, stream: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden, modulation, _, *context, rope, _ = stream
-        hidden = self.run(self.block, hidden, *map(thaw, (modulation, rope, *context)))
+        hidden = self.run(self.block, hidden, Conditions(thaw(modulation), thaw(rope), tuple(map(thaw, context))))
         return hidden, *stream[1:]
 
 

@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from common.errors import UserError
 from loraedit_ext import launch, lora, plan
-from loraedit_ext.config import OFFLOAD, load_config
+from loraedit_ext.config import ATTENTION, OFFLOAD, load_config
 from models import offload
-from models.layers import TransformerBlock
+from models.blocks import TransformerBlock, recomputed, slices
 from models.offload import ON_DEVICE, HostInputs
 from models.wan.checkpoint import WanCheckpoint
 from models.wan.wrapper import WanI2V
@@ -379,7 +379,7 @@ def test_an_error_in_a_recomputation_leaves_nothing_lent(open_model):
     layers = build(model, 0)
     inputs = offloaded(layers)
     out = run(layers, inputs_of(model)).mean()
-    layers[2].block.register_forward_pre_hook(fail)
+    layers[2].block.ffn.register_forward_pre_hook(fail)
     with pytest.raises(ValueError, match="broken on purpose"):
         out.backward()
     assert inputs.lent > 0
@@ -400,19 +400,38 @@ def test_the_memory_is_free_when_the_transformer_is_dropped(open_model):
 
 def test_dropout_is_recomputed_with_the_same_chance():
     class Dropping(TransformerBlock):
-        def forward(self, x, scale):
-            return torch.nn.functional.dropout(x * scale, 0.5)
+        def __init__(self):
+            super().__init__()
+            self.drop, self.scale = torch.nn.Dropout(0.5), torch.nn.Parameter(torch.tensor(2.0))
+
+        def pieces(self, x, at, most):
+            return [(where, None) for where in slices(0, x.shape[1], 3)]
+
+        def shared(self, at):
+            return ()
+
+        def normalise(self, x, shared, at):
+            return x
+
+        def project(self, normalised, shared, at):
+            return (self.drop(normalised * self.scale),) * 3
+
+        def attend(self, q, k, v, at):
+            return q + k + v
+
+        def finish(self, x, attended, shared, at):
+            return self.drop(x) + self.drop(attended)
 
     results = []
     for inputs in (None, HostInputs(CPU)):
         torch.manual_seed(0)
-        x = torch.ones(4, 5, requires_grad=True)
-        out = offload.recomputed(Dropping(), x, torch.tensor(2.0), inputs=inputs)
-        out.pow(2).sum().backward()
-        results += [out.detach(), x.grad]
-        assert torch.equal(x.grad, 8 * out)
-    assert_equal(results[:2], results[2:])
-    assert 0 < (results[0] == 0).sum() < 20
+        block, x = Dropping(), torch.ones(1, 7, 5, requires_grad=True)
+        out = recomputed(block, x, None, inputs=inputs)
+        out.sum().backward()
+        results += [out.detach(), x.grad, block.scale.grad]
+        assert torch.equal(x.grad, out)  # every element is linear in its input
+    assert_equal(results[:3], results[3:])
+    assert len(results[0].unique()) > 3
 
 
 def test_a_graph_that_is_kept_can_be_used_again(open_model):
@@ -480,6 +499,23 @@ def test_a_run_that_will_not_fit_is_told_of_offloading_first(edit_folder, seven_
     assert advice(offloads, None, host=1e9) == []
 
 
+def test_room_for_attention_is_told_of(edit_folder, seven_blocks):
+    config, predict = plan_of(seven_blocks, edit_folder)
+    keeps = predict(config.model_copy(update={"activation_checkpointing": ATTENTION}))
+    row = 2000 * 96 * 4
+    assert keeps.activations - predict(config).activations == pytest.approx(7 * row, rel=0.03)
+
+    def room(device, **changes):
+        return list(plan.room(config.model_copy(update=changes), predict, plan.Machine(device, None)))
+
+    enough = keeps.total / plan.HEADROOM + 1
+    assert "there is room for activation_checkpointing = 'attention', which is faster: about 0.0 GB" in room(enough)[0]
+    assert room(enough - 2) == room(None) == room(enough, blocks_to_swap=1) == []
+    assert room(enough, activation_checkpointing=OFFLOAD) == room(enough, activation_checkpointing=ATTENTION) == []
+    short = config.model_copy(update={"activation_checkpointing": ATTENTION})
+    assert "- activation_checkpointing = true: about" in list(plan.advice(short, predict, 7, plan.Machine(1000, None)))[1]
+
+
 def test_the_plan_says_what_is_offloaded(edit_folder, capsys):
     launch.train(load_config(edit_folder.config, [SETTING]), dry_run=True)
     assert "offloaded the blocks' inputs wait in host memory: 0.00 GB a process" in capsys.readouterr().out
@@ -530,5 +566,5 @@ def test_diffusion_pipes_word_means_the_same(edit_folder, word):
 
 
 def test_other_words_are_refused(edit_folder):
-    with pytest.raises(UserError, match=r"`activation_checkpointing` = 'cpu': expected true, false or 'offload'"):
+    with pytest.raises(UserError, match=r"`activation_checkpointing` = 'cpu': expected true, false, 'attention' or 'offload'"):
         load_config(edit_folder.config, ["activation_checkpointing=cpu"])

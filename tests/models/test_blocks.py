@@ -1,0 +1,181 @@
+"""Recomputed blocks: in pieces and whole the same, to fp32's rounding; what is kept, what is alive, what is computed again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import activations
+from benchmarks.activations import SUBJECTS, WAYS, Subject, measure
+from loraedit_ext import launch
+from loraedit_ext.config import load_config
+from models import blocks, float8
+from models.blocks import recomputed, slices
+from models.float8 import Float8Linear, replace_linears, upcast_once
+from models.hunyuan import transformer as hunyuan
+
+GRID = (2, 4, 5)
+FP32 = torch.float32
+PLAIN = WAYS["nothing recomputed (`false`)"]
+
+
+def subject(name, dtype=FP32, batch=1):
+    """A small block of a kind, a Hunyuan one with padding at the end of a sample's text."""
+    made = SUBJECTS[name](GRID, dtype)
+    at = made.at
+    if isinstance(at, hunyuan.Conditions):
+        vector, clean = at.vector.repeat(batch, 1), at.clean.repeat(batch, 1)
+        lengths = [made.x.shape[1] - 3 * (index + 1) for index in range(batch)]
+        at = hunyuan.Conditions(vector, at.rope, lengths, clean, at.preserved.repeat(batch, 1))
+    x = torch.randn(batch, *made.x.shape[1:], generator=torch.Generator().manual_seed(0))
+    return Subject(made.block, x, at)
+
+
+def gradients(part, run):
+    """Of the input and of every weight that has one, and the output."""
+    x = part.x.clone().requires_grad_()
+    weights = {name: weight for name, weight in part.block.named_parameters() if weight.requires_grad}
+    output = run(part.block, x, part.at)
+    found = torch.autograd.grad(output.square().mean(), [x, *weights.values()])
+    return dict(zip(["output", "input", *weights], [output.detach(), *found], strict=True))
+
+
+def agree(found, expected, tolerance):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.abs().max() > 0, name
+        assert (found[name] - value).norm() <= tolerance * value.norm(), name
+
+
+def test_slices_are_few_and_even():
+    assert slices(0, 10, 10) == [slice(0, 10)]
+    assert slices(2, 12, 4) == [slice(2, 5), slice(5, 8), slice(8, 12)]
+    assert [part.stop - part.start for part in slices(0, 20280, 4096)] == [4056] * 5
+
+
+@pytest.mark.parametrize("all_weights", [False, True], ids=["lora", "all weights"])
+@pytest.mark.parametrize("most", [1000, 7])
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_gradients_are_those_of_a_block_that_keeps_everything(monkeypatch, name, most, all_weights):
+    monkeypatch.setattr(blocks, "PIECE", most)
+    part = subject(name, batch=2)
+    if all_weights:
+        part.block.requires_grad_(True)
+    expected = gradients(part, PLAIN)
+    for keeps in (False, True):
+        agree(gradients(part, partial(recomputed, keep_attention=keeps)), expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_a_piece_that_is_forgotten_is_noticed(monkeypatch, name):
+    """The test above can fail."""
+    monkeypatch.setattr(blocks, "PIECE", 7)
+    part = subject(name, batch=2)
+    expected = gradients(part, PLAIN)
+    real = blocks._Backward._through_finish
+
+    def but_one(self, attended):
+        whole, self.pieces = self.pieces, self.pieces[1:]
+        passed = real(self, attended)
+        self.pieces = whole
+        return passed
+
+    monkeypatch.setattr(blocks._Backward, "_through_finish", but_one)
+    with pytest.raises(AssertionError):
+        agree(gradients(part, recomputed), expected, 1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_sampling_in_pieces(monkeypatch, name):
+    part = subject(name, batch=2)
+    whole = part.block(part.x, part.at)
+    monkeypatch.setattr(blocks, "PIECE", 7)
+    found = part.block(part.x, part.at)
+    assert (found - whole).norm() <= 1e-6 * whole.norm()
+
+
+class Operations(TorchDispatchMode):
+    """How often each operation runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.ran = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ran[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_attention_that_is_kept_is_not_computed_again(name):
+    ran = {}
+    for keeps in (False, True):
+        with Operations() as operations:
+            found = gradients(subject(name), partial(recomputed, keep_attention=keeps))
+        ran[keeps] = operations.ran["_scaled_dot_product_flash_attention_for_cpu"]
+        again = found if not keeps else again  # noqa: F821
+    assert ran[False] - ran[True] == 1
+    agree(found, again, 0.0)
+
+
+def test_a_block_keeps_one_row_and_works_in_few(monkeypatch):
+    """In bf16 at a size that has fused attention, in ten pieces; a row is one bf16 activation."""
+    monkeypatch.setitem(activations.GRIDS, "test", (4, 32, 32))
+    monkeypatch.setattr(blocks, "PIECE", 410)
+    part = SUBJECTS["Wan"](activations.GRIDS["test"], torch.bfloat16)
+    row = 2 * part.x.numel()
+    found = {way: measure(part, run, torch.bfloat16) for way, run in WAYS.items()}
+    kept = [measured.kept / row for measured in found.values()]
+    alive = [measured.peak / row for measured in found.values()]
+    assert kept == pytest.approx([27.3, 2, 1, 2.02], abs=0.1)
+    assert max(alive[2:]) < 18.5 < 2 * 18.5 < alive[1] + 3
+
+
+def test_a_backward_pass_that_never_comes_leaves_nothing_behind():
+    part = subject("Wan")
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        recomputed(part.block, part.x.clone().requires_grad_(), part.at, keep_attention=True)
+    assert gradients(part, recomputed).keys() == gradients(part, PLAIN).keys()
+
+
+def test_8_bit_weights_are_upcast_once_for_all_pieces(monkeypatch):
+    """In a pass forward once for all pieces; in a pass back once for what leads to attention, once for what follows, and
+    once more for the products that lead back from attention."""
+    part = subject("Wan")
+    for path, linear in replace_linears(part.block, "blocks.0", r"blocks\.0\.(self_attn|ffn)\..*base_layer").items():
+        assert isinstance(linear, Float8Linear)
+        linear.weight = torch.nn.Parameter(torch.randn(linear.weight.shape).to(torch.float8_e4m3fn), requires_grad=False)
+        linear.bias = torch.nn.Parameter(torch.zeros(linear.bias.shape), requires_grad=False)
+        assert path
+    calls = []
+    real = float8.dequantise
+    monkeypatch.setattr(float8, "dequantise", lambda weight, *rest: calls.append(tuple(weight.shape)) or real(weight, *rest))
+    whole = gradients(part, recomputed)
+    monkeypatch.setattr(blocks, "PIECE", 7)
+    calls.clear()
+    output = recomputed(part.block, part.x.clone().requires_grad_(), part.at)
+    assert len(calls) == 6  # q, k, v, o, two of the feed-forward
+    calls.clear()
+    output.square().mean().backward()
+    assert len(calls) == 6 + 3
+    agree(gradients(part, recomputed), whole, 1e-5)
+
+
+def test_an_upcast_weight_is_let_go_of():
+    linear = Float8Linear(4, 4, bias=False)
+    linear.weight = torch.nn.Parameter(torch.ones(4, 4).to(torch.float8_e4m3fn), requires_grad=False)
+    with upcast_once(linear):
+        linear(torch.ones(1, 4))
+        assert len(linear.held) == 1
+    assert linear.held is None
+
+
+def test_kept_attention_trains_the_same(edit_folder):
+    for value in (True, "attention"):
+        launch.train(load_config(edit_folder.config, [f"activation_checkpointing={value}"]))
+    assert edit_folder.losses(0) == edit_folder.losses(1)
