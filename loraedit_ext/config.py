@@ -319,6 +319,9 @@ class RunConfig(Settings):
     blocks_to_swap: int = Field(0, ge=0)
     """So many transformer blocks fewer on the GPU, at most all but two: weights wait in host memory and are copied over
     just before they are needed. For training and editing; see docs/memory.md."""
+    compile: bool = False
+    """Use torch.compile for the transformer's blocks, in training and in editing: fewer and larger steps for the device
+    beside the products, for about a minute of compiling at the start. Not measured on a GPU yet."""
     save_every_n_steps: int | None = Field(None, ge=1)
     """Export the LoRA; it is always exported at the end of each stage."""
     save_dtype: DType = "float32"

@@ -27,7 +27,6 @@ RUN: Mapping[str, str] = {
     "x_axis_examples": "remove it: steps are the axis.",
     "video_clip_mode": "the job chooses the frames: `start`, `frames` and `clip_frames` in its TOML.",
     "regenerate_cache": "remove it: entries are found by content, so that what changed is encoded again.",
-    "compile": "remove it: torch.compile is not offered.",
     "reentrant_activation_checkpointing": "remove it: recomputation needs no such choice here.",
     "disable_block_swap_for_eval": "remove it: evaluation and editing swap as training does.",
     "force_constant_lr": "remove it: the rate is a function of the step, also when a run is resumed.",

@@ -85,6 +85,12 @@ class TransformerBlock(ABC, nn.Module, Generic[Conditions]):
     def finish(self, x: Tensor, attended: Tensor, shared: Tensors, at: Conditions) -> Tensor:
         """The output (B, n, D) of a piece of the tokens."""
 
+    def compile_pieces(self) -> None:
+        """Use torch.compile for all but attention; blocks of one kind share the programs."""
+        self.normalise, self.project, self.finish = (
+            torch.compile(function, dynamic=False) for function in (self.normalise, self.project, self.finish)
+        )
+
     def forward(self, x: Tensor, at: Conditions, attend: Callable[..., Tensor] | None = None) -> Tensor:
         """x (B, N, D) -> (B, N, D).
 
@@ -93,19 +99,12 @@ class TransformerBlock(ABC, nn.Module, Generic[Conditions]):
         """
         shared, count = self.shared(at), x.shape[1]
         pieces = self.pieces(x, at, count if torch.is_grad_enabled() else PIECE)
-        with weights_for(self, pieces):
-            read = ((self.normalise(x[:, where], shared, part), part) for where, part in pieces)
-            qkv = _laid_out((self.project(normalised, shared, part) for normalised, part in read), count)
+        read = ((self.normalise(x[:, where], shared, part), part) for where, part in pieces)
+        qkv = _laid_out((self.project(normalised, shared, part) for normalised, part in read), count)
         attended = (attend or self.attend)(*qkv, at)
         del qkv
-        with weights_for(self, pieces):
-            outputs = ((self.finish(x[:, where], attended[:, where], shared, part),) for where, part in pieces)
-            return _laid_out(outputs, count)[0]
-
-
-def weights_for(block: nn.Module, pieces: Sequence[Any]) -> AbstractContextManager[None]:
-    """In here each weight is made ready for products once and not for every piece."""
-    return upcast_once(block) if len(pieces) > 1 else nullcontext()
+        outputs = ((self.finish(x[:, where], attended[:, where], shared, part),) for where, part in pieces)
+        return _laid_out(outputs, count)[0]
 
 
 def slices(start: int, stop: int, most: int) -> list[slice]:
@@ -135,6 +134,15 @@ def _laid_out(pieces: Iterable[Tensors], count: int) -> Tensors:
 def resident(_forward: bool) -> AbstractContextManager[None]:
     """The context of a block whose weights are always on the device."""
     return nullcontext()
+
+
+@contextmanager
+def computing(block: nn.Module, hidden: Tensor, lend: Lend, forward: bool = True) -> Iterator[None]:
+    """Around a block's pass over tokens (B, N, D): its weights are there and, for several pieces, ready for products."""
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    with lend(forward), upcast_once(block, dtype) if hidden.shape[1] > PIECE else nullcontext():
+        yield
 
 
 def recomputed(
@@ -187,7 +195,7 @@ class _Again(Generic[Conditions]):
         return hidden.to(self.dtype) if self.autocast else hidden
 
     def output(self, hidden: Tensor) -> Tensor:
-        with self.lend(True):
+        with computing(self.block, hidden, self.lend):
             return self.block(hidden, self.at, self._attend_and_keep if self.attention else None)
 
     def _attend_and_keep(self, *arguments: Any) -> Tensor:
@@ -200,7 +208,8 @@ class _Again(Generic[Conditions]):
         """Gradients of the input and of the weights."""
         # Casts are not cached: one that was made without gradient must not be used with it.
         autocast = torch.autocast(self.kind, self.dtype, enabled=self.autocast, cache_enabled=False)
-        with self.lend(False), autocast, self.chance.again() if self.chance else nullcontext():
+        chance = self.chance.again() if self.chance else nullcontext()
+        with autocast, computing(self.block, kept, self.lend, forward=False), chance:
             return _Backward(self, kept, gradient).run()
 
 
@@ -229,16 +238,13 @@ class _Backward:
 
     def run(self) -> list[Tensor | None]:
         """Gradients of the input, then of the weights."""
-        with weights_for(self.block, self.pieces):
-            qkv = tuple(part.requires_grad_() for part in _laid_out(self._project(), self.kept.shape[1]))
+        qkv = tuple(part.requires_grad_() for part in _laid_out(self._project(), self.kept.shape[1]))
         with self.again.attention[1] if self.again.attention else nullcontext(), torch.enable_grad():
             attended = self.block.attend(*qkv, self.at)
-        with weights_for(self.block, self.pieces):
-            passed, of_attended = self._through_finish(attended.detach())
+        passed, of_attended = self._through_finish(attended.detach())
         of_qkv = torch.autograd.grad(attended, qkv, of_attended)
         del qkv, attended, of_attended
-        with weights_for(self.block, self.pieces):
-            self._through_project(of_qkv, passed)
+        self._through_project(of_qkv, passed)
         self._through_shared()
         return [passed, *self.sums.of(self.again.weights)]
 

@@ -34,60 +34,50 @@ class _Upcast(torch.autograd.Function):
     """x @ weight^T with the weight upcast for the product only, forward and backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, linear: Float8Linear, weight: Tensor, scale: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
-        ctx.linear = linear
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        return F.linear(x, linear.upcast(weight, scale, x.dtype), bias)
+        return F.linear(x, dequantise(weight, scale, x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient @ ctx.linear.upcast(*ctx.saved_tensors, gradient.dtype), None, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        weight, scale = ctx.saved_tensors
+        return gradient @ dequantise(weight, scale, gradient.dtype), None, None, None
 
 
 class Float8Linear(nn.Linear):
     """A frozen linear whose weight is stored in 8 bits, with a scale if its file has one.
 
-    Computes in the autocast dtype, or in the input's. The upcast weight lives during the product only (or during
-    `upcast_once`): autograd keeps the 8-bit one. LoRA branches around it are not touched.
+    Computes in the autocast dtype, or in the input's. The upcast weight lives during the product only, and autograd keeps
+    the 8-bit one, but for products within `upcast_once`. LoRA branches around it are not touched.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__(in_features, out_features, bias, device="meta")
         self.requires_grad_(False)
         self.register_buffer("scale", None, persistent=False)
-        self.held: dict[Any, Tensor] | None = None
-        """Upcast weights, within `upcast_once`."""
+        self.register_buffer("upcast", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with torch.autocast(kind, enabled=False):
             bias = None if self.bias is None else self.bias.to(dtype)
-            return _Upcast.apply(x.to(dtype), self, self.weight, self.scale, bias)
-
-    def upcast(self, weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The weight, or those rows of it that a product needs, in a working dtype."""
-        if self.held is None:
-            return dequantise(weight, scale, dtype)
-        rows = weight.data_ptr(), len(weight), dtype
-        if rows not in self.held:
-            self.held[rows] = dequantise(weight, scale, dtype)
-        return self.held[rows]
+            if self.upcast is not None:
+                return F.linear(x.to(dtype), self.upcast, bias)
+            return _Upcast.apply(x.to(dtype), self.weight, self.scale, bias)
 
 
 @contextmanager
-def upcast_once(module: nn.Module) -> Iterator[None]:
-    """In here each 8-bit weight that is used is upcast once and held: for inputs that come in pieces."""
+def upcast_once(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """In here 8-bit weights are there upcast as well: for many products with each, as when inputs come in pieces."""
     linears = [child for child in module.modules() if isinstance(child, Float8Linear)]
     for linear in linears:
-        linear.held = {}
+        linear.upcast = dequantise(linear.weight, linear.scale, dtype)
     try:
         yield
     finally:
         for linear in linears:
-            linear.held = None
+            linear.upcast = None
 
 
 def quantised(entry: Entry, dtype: torch.dtype, device: torch.device) -> tuple[Entry, Tensor]:

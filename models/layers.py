@@ -6,8 +6,8 @@ Axes: B batch, N tokens, D hidden width, H heads, d head width, T h w latent gri
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from common.errors import UserError, first_line
 from common.progress import brief
-from models.blocks import TransformerBlock, recomputed, resident
+from models.blocks import TransformerBlock, computing, recomputed, resident
 from models.offload import HostInputs
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class PipelineLayer(nn.Module):
         lend = block.streamed.lent if block.streamed else resident
         if torch.is_grad_enabled() and (self.recompute or block.streamed):
             return recomputed(block, hidden, at, self.inputs, self.keep_attention, lend)
-        with lend(True):
+        with computing(block, hidden, lend) if not torch.is_grad_enabled() else nullcontext():
             return block(hidden, at)
 
     def original_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -108,6 +109,24 @@ class PipelineLayer(nn.Module):
         for attribute, prefix in self.origin.items():
             for name, parameter in getattr(self, attribute).named_parameters():
                 yield f"{prefix}.{name}", parameter
+
+
+def compile_blocks(layers: Iterable[PipelineLayer], device: torch.device) -> None:
+    """Use torch.compile for what blocks do to pieces of tokens.
+
+    Raises:
+        UserError: it does not work on this machine.
+    """
+    try:
+        torch.compile(torch.sin)(torch.ones(8, device=device))
+    except Exception as error:  # whatever the compiler stumbles over
+        raise UserError(
+            f"compile = true: torch.compile does not work on this machine: {first_line(error)}. It needs a C++ compiler, and "
+            "on a GPU Triton, which comes with torch. Install what is missing, or set compile = false."
+        ) from error
+    for layer in layers:
+        if isinstance(block := layer._modules.get("block"), TransformerBlock):
+            block.compile_pieces()
 
 
 class Float32Linear(nn.Linear):

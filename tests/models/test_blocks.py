@@ -11,12 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import activations
 from benchmarks.activations import SUBJECTS, WAYS, Subject, measure
+from common.errors import UserError
 from loraedit_ext import launch
 from loraedit_ext.config import load_config
 from models import blocks, float8
 from models.blocks import recomputed, slices
-from models.float8 import Float8Linear, replace_linears, upcast_once
+from models.float8 import replace_linears
 from models.hunyuan import transformer as hunyuan
+from models.layers import compile_blocks
 
 GRID = (2, 4, 5)
 FP32 = torch.float32
@@ -144,38 +146,74 @@ def test_a_backward_pass_that_never_comes_leaves_nothing_behind():
 
 
 def test_8_bit_weights_are_upcast_once_for_all_pieces(monkeypatch):
-    """In a pass forward once for all pieces; in a pass back once for what leads to attention, once for what follows, and
-    once more for the products that lead back from attention."""
+    """Once in a pass forward, once in a pass back, and let go of behind it."""
     part = subject("Wan")
-    for path, linear in replace_linears(part.block, "blocks.0", r"blocks\.0\.(self_attn|ffn)\..*base_layer").items():
-        assert isinstance(linear, Float8Linear)
+    replaced = replace_linears(part.block, "blocks.0", r"blocks\.0\.(self_attn|ffn)\..*base_layer")
+    for linear in replaced.values():
         linear.weight = torch.nn.Parameter(torch.randn(linear.weight.shape).to(torch.float8_e4m3fn), requires_grad=False)
         linear.bias = torch.nn.Parameter(torch.zeros(linear.bias.shape), requires_grad=False)
-        assert path
+        linear.scale = torch.rand(linear.out_features, 1) + 0.1
     calls = []
     real = float8.dequantise
-    monkeypatch.setattr(float8, "dequantise", lambda weight, *rest: calls.append(tuple(weight.shape)) or real(weight, *rest))
+    monkeypatch.setattr(float8, "dequantise", lambda *given: calls.append(1) or real(*given))
     whole = gradients(part, recomputed)
     monkeypatch.setattr(blocks, "PIECE", 7)
     calls.clear()
     output = recomputed(part.block, part.x.clone().requires_grad_(), part.at)
-    assert len(calls) == 6  # q, k, v, o, two of the feed-forward
-    calls.clear()
+    assert len(calls) == len(replaced) == 6
     output.square().mean().backward()
-    assert len(calls) == 6 + 3
+    assert len(calls) == 2 * 6
+    assert all(linear.upcast is None for linear in replaced.values())
     agree(gradients(part, recomputed), whole, 1e-5)
-
-
-def test_an_upcast_weight_is_let_go_of():
-    linear = Float8Linear(4, 4, bias=False)
-    linear.weight = torch.nn.Parameter(torch.ones(4, 4).to(torch.float8_e4m3fn), requires_grad=False)
-    with upcast_once(linear):
-        linear(torch.ones(1, 4))
-        assert len(linear.held) == 1
-    assert linear.held is None
 
 
 def test_kept_attention_trains_the_same(edit_folder):
     for value in (True, "attention"):
         launch.train(load_config(edit_folder.config, [f"activation_checkpointing={value}"]))
     assert edit_folder.losses(0) == edit_folder.losses(1)
+
+
+@pytest.fixture
+def traced_only(monkeypatch):
+    """torch.compile traces and differentiates as always; the C++ compiler, which takes half a minute, is left out."""
+    calls = []
+    real = torch.compile
+
+    def traced(function, **given):
+        calls.append(function)
+        return real(function, backend="aot_eager", **given)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    return calls
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_compiled_pieces_compute_the_same(monkeypatch, traced_only, name):
+    monkeypatch.setattr(blocks, "PIECE", 30)
+    part = subject(name)
+    expected, kept = gradients(part, recomputed), gradients(part, PLAIN)
+    with torch.no_grad():
+        sampled = part.block(part.x, part.at)
+    part.block.compile_pieces()
+    assert len(traced_only) == 3
+    agree(gradients(part, recomputed), expected, 1e-5)
+    agree(gradients(part, PLAIN), kept, 1e-5)
+    with torch.no_grad():
+        assert torch.allclose(part.block(part.x, part.at), sampled, atol=1e-5)
+
+
+def test_a_compiled_run_is_that_without(edit_folder, traced_only):
+    for values in ([], ["compile=true", "model.transformer_dtype=float8"], ["model.transformer_dtype=float8"]):
+        launch.train(load_config(edit_folder.config, values))
+    assert edit_folder.losses(1) == pytest.approx(edit_folder.losses(2), rel=1e-6)
+    assert edit_folder.losses(0) != edit_folder.losses(1)
+    assert len(traced_only) == 1 + 3 * 4  # blocks
+
+
+def test_a_machine_that_cannot_compile_is_told_at_once(monkeypatch):
+    def broken(_function, **_given):
+        raise RuntimeError("no C++ compiler found\nand more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(UserError, match=r"compile = true: .*no C\+\+ compiler found\. It needs a C\+\+ compiler"):
+        compile_blocks([], torch.device("cpu"))
