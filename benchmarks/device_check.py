@@ -17,13 +17,13 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.random_weights import in_memory, independent
 from benchmarks.wan_step import IMAGE_TOKENS, device_name
 from common.errors import first_line
 from dataset.triple import EncodedTriple
@@ -34,7 +34,7 @@ from loraedit_ext.objective import Objective
 from loraedit_ext.pipeline import Engine, autocast, distributed
 from loraedit_ext.trainer import checkpoint_activations
 from models.base import I2VModel, release_memory
-from models.checkpoint import Entry, Tensors, slots
+from models.eight_bit import multiply_integers
 from models.hunyuan.config import VARIANT_OF_CHANNELS, HunyuanConfig, rope_axes
 from models.hunyuan.wrapper import HunyuanI2V
 from models.layers import PipelineLayer
@@ -54,8 +54,10 @@ class Row:
 
     name: str
     dtype: torch.dtype = torch.bfloat16
-    float8: bool = False
+    storage: torch.dtype | None = None
     """Store the blocks' linears in 8 bits."""
+    integers: bool = False
+    """Multiply in 8 bits too."""
     checkpointing: bool | str = False
     """As `activation_checkpointing` has it."""
     swapped: int = 0
@@ -67,11 +69,13 @@ class Row:
     @property
     def arithmetic(self) -> tuple[Any, ...]:
         """What of a row may change numbers."""
-        return self.dtype, self.float8, self.tf32, self.cpu
+        return self.dtype, self.storage, self.integers, self.tf32, self.cpu
 
 
 REFERENCE = Row("fp32 on the CPU", torch.float32, cpu=True)
-BF16, FLOAT8 = Row("bf16"), Row("float8 weights", float8=True)
+BF16, FLOAT8 = Row("bf16"), Row("float8 weights", storage=torch.float8_e4m3fn)
+INT8 = Row("int8 weights", storage=torch.int8)
+PRODUCTS = replace(INT8, name="int8 weights and products", integers=True)
 ROWS = (
     Row("fp32", torch.float32), Row("fp32 without TF32", torch.float32, tf32=False),
     replace(BF16, name="bf16 on the CPU", cpu=True), BF16,
@@ -84,6 +88,9 @@ ROWS = (
     replace(FLOAT8, name="float8 weights on the CPU", cpu=True), FLOAT8,
     replace(FLOAT8, name="float8 weights, recompute", checkpointing=True),
     replace(FLOAT8, name="float8 weights, offload, blocks_to_swap", checkpointing=OFFLOAD, swapped=SWAPPED),
+    replace(INT8, name="int8 weights on the CPU", cpu=True), INT8,
+    replace(PRODUCTS, name="int8 weights and products on the CPU", cpu=True), PRODUCTS,
+    replace(PRODUCTS, name="int8 weights and products, recompute", checkpointing=True),
 )  # fmt: skip
 
 
@@ -178,7 +185,7 @@ def subjects(width: int, frames: int, side: int) -> list[Subject]:
 def subject(name: str, family: type[I2VModel], config: WanConfig | HunyuanConfig, frames: int, side: int) -> Subject:
     """A model of random weights, the same whenever it is loaded, and a random sample for it."""
     checkpoint = SimpleNamespace(config=config, expert=None)
-    tensors = random_weights(family(checkpoint, CPU).build_transformer())
+    tensors = in_memory(family(checkpoint, CPU).build_transformer(), independent)
     checkpoint.transformer_tensors = lambda: tensors
     shape = family.geometry.latent_shape(frames, side, side)
     generator = generator_for("device check", name)
@@ -197,29 +204,20 @@ def subject(name: str, family: type[I2VModel], config: WanConfig | HunyuanConfig
     return Subject(name, lambda device: family(checkpoint, device), EncodedTriple("check", normal(*shape), condition))
 
 
-def random_weights(transformer: nn.Module) -> Tensors:
-    """A checkpoint in memory; bf16 holds its numbers exactly, so that storage in bf16 is no error of its own."""
-    entries = {}
-    for name, shape in slots(transformer).items():
-        value = torch.randn(shape, generator=generator_for("weights", name))
-        value = value.mul_(0.03) if len(shape) > 1 or name.endswith("bias") else value.mul_(0.1).add_(1)
-        value = value.bfloat16().float()
-        entries[name] = Entry(name, Path("random"), tuple(shape), value.dtype, lambda value=value: value, mapped=False)
-    return Tensors(entries, Path("random"))
-
-
 def build(subject: Subject, row: Row, device: torch.device) -> tuple[I2VModel, list[PipelineLayer]]:
     """Weights and LoRA on the device, as the trainer does it, then a random B."""
     model = subject.open(device)
     transformer = model.build_transformer()
     layers = transformer.layers()
-    model.load_weights(layers, row.dtype, device, torch.float8_e4m3fn if row.float8 else None, row.swapped)
+    model.load_weights(layers, row.dtype, device, row.storage, row.swapped)
     lora.inject(transformer, model, AdapterSettings())
     lora.initialise(layers, 0, device)
     for name, weight in lora.trainable(layers).items():
         if ".lora_B." in name:
             weight.data.copy_(torch.randn(weight.shape, generator=generator_for("B", name)) * 0.02)
     checkpoint_activations(layers, row.checkpointing, device)
+    if row.integers:
+        multiply_integers(layers, device)
     return model, layers
 
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import torch
 
+from benchmarks.random_weights import Recurring, in_memory
 from dataset.triple import EncodedTriple
 from loraedit_ext import lora
 from loraedit_ext.config import ATTENTION, OFFLOAD, AdapterSettings
@@ -22,13 +23,14 @@ from loraedit_ext.flow import TimestepSampler
 from loraedit_ext.objective import Objective
 from loraedit_ext.pipeline import Engine, distributed
 from loraedit_ext.trainer import checkpoint_activations
-from models.layers import PipelineLayer
-from models.streaming import HostMemory, streamed_blocks
+from models.eight_bit import multiply_integers
+from models.layers import compile_blocks
 from models.wan.config import WanConfig
 from models.wan.wrapper import WanI2V
 
 SMALL = WanConfig(dim=256, ffn_dim=704, num_heads=2, num_layers=4, text_dim=64, image_dim=80)
 IMAGE_TOKENS = 257
+STORAGE = {"as computed": None, "float8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ def main() -> None:
     parser.add_argument("--swap", type=int, default=0, help="blocks_to_swap; then rows without recomputation are left out")
     parser.add_argument("--attention", action="store_true", help="each row with recomputation also with attention kept")
     parser.add_argument("--offload", action="store_true", help="each row with recomputation also with its inputs offloaded")
+    parser.add_argument("--storage", choices=STORAGE, default="as computed", help="of the blocks' linears")
+    parser.add_argument("--int8-matmul", action="store_true", help="with --storage int8: multiply integers too")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile; the first step then takes long")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     options = parser.parse_args()
     config = SMALL if options.small else WanConfig.i2v_14b()
@@ -65,24 +70,30 @@ def main() -> None:
               f"matrix products alone: {peak / 1e12:.1f} TFLOP/s\n")
         print("| frames | size | checkpointing | s/step | peak GB | TFLOP/s needed | share |\n|---|---|---|---|---|---|---|")
         for case in cases:
-            seconds, memory = measure(config, case, options.steps, getattr(torch, options.dtype), world.device, options.swap)
+            seconds, memory = measure(config, case, options, world.device)
             rate = needed_flops(config, case) / seconds
             print(f"| {case.frames} | {case.width}x{case.height} | {str(case.checkpointing).lower()} | {seconds:.2f} | "
                   f"{f'{memory:.1f}' if memory else 'not counted'} | {rate / 1e12:.2f} | {rate / peak:.0%} |", flush=True)
 
 
 def measure(
-    config: WanConfig, case: Case, steps: int, dtype: torch.dtype, device: torch.device, swapped: int
+    config: WanConfig, case: Case, options: argparse.Namespace, device: torch.device
 ) -> tuple[float, float]:
     """Seconds per step and peak memory in GB of the trainer's engine on one random sample."""
-    model = WanI2V(SimpleNamespace(config=config), device)
+    dtype, checkpoint = getattr(torch, options.dtype), SimpleNamespace(config=config)
+    model = WanI2V(checkpoint, device)
     transformer = model.build_transformer()
+    checkpoint.transformer_tensors = lambda: in_memory(transformer, Recurring())
     layers = transformer.layers()
-    fill(layers, dtype, device, swapped)
+    model.load_weights(layers, dtype, device, STORAGE[options.storage], options.swap)
     lora.inject(transformer, model, AdapterSettings())
     lora.initialise(layers, 0, device)
+    if options.int8_matmul:
+        multiply_integers(layers, device)
     optimizer = torch.optim.AdamW(lora.trainable(layers).values(), lr=1e-4)
     checkpoint_activations(layers, case.checkpointing, device)
+    if options.compile:
+        compile_blocks(layers, device)
     engine = Engine(layers, [0, len(layers)], optimizer, Objective.loss, 1, 1, dtype)
     objective = Objective(model, TimestepSampler(), 0, False)
     sample = random_sample(model, config, case)
@@ -95,28 +106,11 @@ def measure(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
-    for number in range(1, steps + 1):
+    for number in range(1, options.steps + 1):
         step(number)
     synchronise(device)
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
-    return (time.perf_counter() - started) / steps, peak
-
-
-@torch.no_grad()
-def fill(layers: list[PipelineLayer], dtype: torch.dtype, device: torch.device, swapped: int) -> None:
-    """Random weights in place of the meta ones, in the storage dtypes that the loader uses, and where it has them."""
-    streamed, host = streamed_blocks(layers, swapped), HostMemory(device)
-    for layer in layers:
-        home = torch.device("cpu") if layer in streamed else device
-        for module in layer.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                kept = name == "modulation" or "Norm" in type(module).__name__
-                value = torch.empty(parameter.shape, dtype=torch.float32 if kept else dtype, device=home)
-                value = torch.ones_like(value) if "Norm" in type(module).__name__ else value.normal_(std=0.02)
-                setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
-        if layer in streamed:
-            host.take(layer)
-    host.serve()
+    return (time.perf_counter() - started) / options.steps, peak
 
 
 def random_sample(model: WanI2V, config: WanConfig, case: Case) -> EncodedTriple:

@@ -13,9 +13,9 @@ from common.errors import UserError
 from loraedit_ext.config import EvaluationSettings, RunConfig, load_config, load_evaluation
 
 MEMORY_HELP = (
-    'What lowers it, cheapest first: model.transformer_dtype=float8, activation_checkpointing=offload, clip_frames in the job, '
-    "blocks_to_swap=N or several GPUs with pipeline_stages=S. `train.py --dry_run` says what a run needs and what helps, "
-    "docs/memory.md what each costs. --traceback shows where it happened."
+    "What lowers it, cheapest first: model.transformer_dtype=float8 or int8, activation_checkpointing=offload, clip_frames in "
+    "the job, blocks_to_swap=N or several GPUs with pipeline_stages=S. `train.py --dry_run` says what a run needs and what "
+    "helps, docs/memory.md what each costs. --traceback shows where it happened."
 )
 OVERRIDES_HELP = "override any key of the TOML, e.g. optimizer.lr=2e-4 stage.0.steps=50 model.shift=None"
 

@@ -21,6 +21,7 @@ from loraedit_ext.encode import encode_all
 from loraedit_ext.pipeline import World, autocast
 from loraedit_ext.sampling import Forward, computed_steps, sample_latents
 from models.base import TIMESTEPS, I2VModel, release_memory
+from models.eight_bit import multiply_integers
 from models.layers import compile_blocks
 
 
@@ -135,6 +136,8 @@ class Editor:
         expert.model.load_weights(layers, dtype, self.world.device, linears, config.blocks_to_swap)
         if expert.stack:
             lora.attach(transformer, layers, lora.combine(expert.stack), self.world.device)
+        if config.model.int8_matmul:
+            multiply_integers(layers, self.world.device)
         if config.compile:
             compile_blocks(layers, self.world.device)
         return transformer.eval()

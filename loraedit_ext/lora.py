@@ -25,7 +25,7 @@ from loraedit_ext.config import AdapterSettings
 from loraedit_ext.flow import generator_for
 from models.base import I2VModel
 from models.checkpoint import open_tensors, read_config, read_header
-from models.float8 import FLOAT8
+from models.eight_bit import EIGHT_BIT
 from models.layers import PipelineLayer
 from models.lora_names import LoraNames, LoraWeights, split_key
 
@@ -300,7 +300,7 @@ def _add_differences(layers: Iterable[PipelineLayer], lora: LoraFile, device: to
         changed = [(name, parameter) for name, parameter in layer.original_parameters() if name in lora.differences]
         with layer.streamed.changing() if layer.streamed and changed else nullcontext():
             for name, parameter in changed:
-                if parameter.dtype in FLOAT8:
+                if parameter.dtype in EIGHT_BIT:
                     raise UserError(
                         f"{lora.path}: changes the whole of {name}, which is stored in 8 bits here. Set "
                         "model.transformer_dtype to bfloat16, or merge the LoRA first (loraedit_ext.merge_lora)."

@@ -121,7 +121,7 @@ def predict_memory(
     share, pieces = 1 / config.pipeline_stages, -(-tokens // PIECE)
     kept, inputs, offloaded = _kept(config, values * compute, values * STREAM_BYTES, blocks)
     working = values * compute * (WORKING_ROWS + PIECE_ROWS / pieces)
-    if pieces > 1:
+    if pieces > 1 and not config.model.int8_matmul:
         working += compute * max(_eight_bit_weights(layer, config, model) for layer in layers[1:-1])
     return Memory(
         weights=frozen * share,
@@ -197,7 +197,7 @@ def advice(config: RunConfig, predict: Callable[[RunConfig], Memory], blocks: in
         yield "- more pipeline_stages (blocks_to_swap needs one)"
     elif config.activation_checkpointing:
         yield _swap_advice(config, predict, blocks, machine.device)
-    if config.model.transformer_dtype != "float8":
+    if config.model.transformer_dtype not in ("float8", "int8"):
         yield _float8_advice(config, predict, blocks, machine.device)
     yield "- fewer tokens: a smaller size or fewer frames in the job, or its clip_frames"
 

@@ -28,6 +28,7 @@ from loraedit_ext.pipeline import Engine, World, check_world, split, stage_of
 from loraedit_ext.preview import FOLDER as PREVIEWS
 from loraedit_ext.preview import Preview, Previewer
 from models.base import I2VModel
+from models.eight_bit import multiply_integers
 from models.layers import PipelineLayer, compile_blocks
 from models.offload import HostInputs
 
@@ -113,6 +114,8 @@ class Trainer:
         self.scale = (config.adapter.alpha or config.adapter.rank) / config.adapter.rank
         self._start_from_existing()
         checkpoint_activations(self.owned.values(), config.activation_checkpointing, world.device)
+        if config.model.int8_matmul:
+            multiply_integers(self.owned.values(), world.device)
         if config.compile:
             compile_blocks(self.owned.values(), world.device)
         for layer in self.owned.values():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.progress import stepping
 from models.checkpoint import Tensors, load_into, materialise, trim_heap
-from models.float8 import FLOAT8, quantised, replace_linears
+from models.eight_bit import EIGHT_BIT, FLOAT8, quantised, replace_linears
 from models.layers import PipelineLayer
 from models.lora_names import LoraNames
 from models.streaming import HostMemory, streamed_blocks
@@ -253,8 +253,8 @@ class I2VModel(ABC):
         """Stream the checkpoint's weights into these layers, and read no others.
 
         Args:
-            dtype, linears: see `dtype_of`. With 8-bit `linears`, weights that are 8-bit in the file stay as they are,
-                with their scales if they have any; others get one scale per row.
+            dtype, linears: see `dtype_of`. With `linears` in float8, weights that are 8-bit in the file stay as they are,
+                with their scales if they have any; others, and all in int8, get one scale per row.
             swapped: so many blocks fewer shall be on the device (`models.streaming`); needs the whole chain of layers.
         """
         tensors, host = self.checkpoint.transformer_tensors(), HostMemory(device)
@@ -273,17 +273,19 @@ class I2VModel(ABC):
         self, module: nn.Module, origin: str, tensors: Tensors, dtype: torch.dtype, device: torch.device,
         linears: torch.dtype | None, mapped: bool,
     ) -> None:
-        stored = replace_linears(module, origin, self.large_linears) if linears in FLOAT8 else {}
+        stored = replace_linears(module, origin, self.large_linears) if linears in EIGHT_BIT else {}
         for name, linear in stored.items():
             key = f"{name}.weight"
             entry = tensors.entries.get(key)
-            if entry is None or entry.shape != tuple(linear.weight.shape):
-                continue  # the key check of load_into tells
-            if entry.scaled is not None:
+            if entry is None or entry.shape != tuple(linear.weight.shape) or not entry.dtype.is_floating_point:
+                continue  # the checks of load_into tell
+            kept = linears in FLOAT8
+            if kept and entry.scaled is not None:
                 tensors.entries[key], scale = entry.scaled
                 linear.scale = materialise(scale, torch.float32, device)
-            elif entry.dtype not in FLOAT8:
+            elif not kept or entry.dtype not in FLOAT8:
                 tensors.entries[key], linear.scale = quantised(entry, linears, device)
+                linear.weight = nn.Parameter(linear.weight.to(linears), requires_grad=False)  # still on the meta device
 
         def final(name: str, example: Tensor) -> torch.dtype:
             chosen = self.dtype_of(f"{origin}.{name}", dtype, linears)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from models.float8 import upcast_once
+from models.eight_bit import upcast_once
 from models.offload import HostInputs
 
 if TYPE_CHECKING:

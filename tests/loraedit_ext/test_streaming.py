@@ -28,7 +28,8 @@ from tests.loraedit_ext.test_trainer import assert_same, lora_of
 
 CPU = torch.device("cpu")
 E4M3 = torch.float8_e4m3fn
-STORAGES = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None), "fp8": (torch.bfloat16, E4M3)}
+STORAGES = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None), "fp8": (torch.bfloat16, E4M3),
+            "int8": (torch.bfloat16, torch.int8)}
 
 
 def build(model, swapped, storage="fp32"):

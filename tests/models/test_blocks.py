@@ -14,9 +14,9 @@ from benchmarks.activations import SUBJECTS, WAYS, Subject, measure
 from common.errors import UserError
 from loraedit_ext import launch
 from loraedit_ext.config import load_config
-from models import blocks, float8
+from models import blocks, eight_bit
 from models.blocks import recomputed, slices
-from models.float8 import replace_linears
+from models.eight_bit import replace_linears
 from models.hunyuan import transformer as hunyuan
 from models.layers import compile_blocks
 
@@ -154,8 +154,8 @@ def test_8_bit_weights_are_upcast_once_for_all_pieces(monkeypatch):
         linear.bias = torch.nn.Parameter(torch.zeros(linear.bias.shape), requires_grad=False)
         linear.scale = torch.rand(linear.out_features, 1) + 0.1
     calls = []
-    real = float8.dequantise
-    monkeypatch.setattr(float8, "dequantise", lambda *given: calls.append(1) or real(*given))
+    real = eight_bit.dequantise
+    monkeypatch.setattr(eight_bit, "dequantise", lambda *given: calls.append(1) or real(*given))
     whole = gradients(part, recomputed)
     monkeypatch.setattr(blocks, "PIECE", 7)
     calls.clear()
@@ -217,3 +217,24 @@ def test_a_machine_that_cannot_compile_is_told_at_once(monkeypatch):
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(UserError, match=r"compile = true: .*no C\+\+ compiler found\. It needs a C\+\+ compiler"):
         compile_blocks([], torch.device("cpu"))
+
+
+def test_integer_weights_train_and_edit_and_resume(edit_folder):
+    """With products of integers too: near the run in fp32, and the same when continued."""
+    integers = ["model.transformer_dtype=int8", "model.int8_matmul=true", "checkpoint_every_n_steps=2"]
+    for values in ([], ["model.transformer_dtype=int8"], integers):
+        launch.train(load_config(edit_folder.config, values))
+    exact, stored, multiplied = (edit_folder.losses(index) for index in range(3))
+    assert exact != stored != multiplied
+    assert stored == pytest.approx(exact, rel=0.01)
+    assert multiplied == pytest.approx(exact, rel=0.01)
+    run = edit_folder.runs()[2]
+    (run / "latest").write_text("global_step2\n")
+    launch.train(load_config(edit_folder.config, [*integers, f"resume_from_checkpoint={run.name}"]))
+    assert edit_folder.losses(2) == multiplied
+    launch.edit(load_config(edit_folder.config, [*integers, "edit.steps=2"]), None, None)
+
+
+def test_integer_products_need_integer_weights(edit_folder):
+    with pytest.raises(UserError, match="int8_matmul needs transformer_dtype = 'int8', found 'float8'"):
+        load_config(edit_folder.config, ["model.int8_matmul=true", "model.transformer_dtype=float8"])
