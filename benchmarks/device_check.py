@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.random_weights import in_memory, independent
-from benchmarks.wan_step import IMAGE_TOKENS, device_name
+from benchmarks.wan_step import device_name
 from common.errors import first_line
 from dataset.triple import EncodedTriple
 from loraedit_ext import lora
@@ -39,7 +39,7 @@ from models.hunyuan.config import VARIANT_OF_CHANNELS, HunyuanConfig, rope_axes
 from models.hunyuan.wrapper import HunyuanI2V
 from models.layers import PipelineLayer
 from models.wan.config import WanConfig
-from models.wan.wrapper import WanI2V
+from models.wan.wrapper import IMAGE_TOKENS, WanI2V
 
 CPU = torch.device("cpu")
 HEAD, BLOCKS, SWAPPED = 128, 6, 3

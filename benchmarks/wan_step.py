@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.random_weights import Recurring, in_memory
 from dataset.triple import EncodedTriple
-from loraedit_ext import lora
+from loraedit_ext import forecast, lora
 from loraedit_ext.config import ATTENTION, OFFLOAD, AdapterSettings
 from loraedit_ext.flow import TimestepSampler
 from loraedit_ext.objective import Objective
@@ -26,10 +26,9 @@ from loraedit_ext.trainer import checkpoint_activations
 from models.eight_bit import multiply_integers
 from models.layers import compile_blocks
 from models.wan.config import WanConfig
-from models.wan.wrapper import WanI2V
+from models.wan.wrapper import IMAGE_TOKENS, WanI2V
 
 SMALL = WanConfig(dim=256, ffn_dim=704, num_heads=2, num_layers=4, text_dim=64, image_dim=80)
-IMAGE_TOKENS = 257
 STORAGE = {"as computed": None, "float8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
@@ -65,13 +64,13 @@ def main() -> None:
     also = [ATTENTION] * options.attention + [OFFLOAD] * options.offload
     cases += [replace(case, checkpointing=how) for how in also for case in cases if case.checkpointing]
     with distributed() as world:
-        peak = matmul_rate(world.device, getattr(torch, options.dtype))
+        peak = forecast.product_rate(world.device, getattr(torch, options.dtype))
         print(f"{device_name(world.device)}, torch {torch.__version__}, {options.dtype}; "
               f"matrix products alone: {peak / 1e12:.1f} TFLOP/s\n")
         print("| frames | size | checkpointing | s/step | peak GB | TFLOP/s needed | share |\n|---|---|---|---|---|---|---|")
         for case in cases:
             seconds, memory = measure(config, case, options, world.device)
-            rate = needed_flops(config, case) / seconds
+            rate = needed_flops(WanI2V(SimpleNamespace(config=config), world.device), case) / seconds
             print(f"| {case.frames} | {case.width}x{case.height} | {str(case.checkpointing).lower()} | {seconds:.2f} | "
                   f"{f'{memory:.1f}' if memory else 'not counted'} | {rate / 1e12:.2f} | {rate / peak:.0%} |", flush=True)
 
@@ -123,30 +122,10 @@ def random_sample(model: WanI2V, config: WanConfig, case: Case) -> EncodedTriple
     return EncodedTriple("bench", torch.randn(shape), condition)
 
 
-def needed_flops(config: WanConfig, case: Case) -> float:
-    """FLOPs of forward, and backward to inputs and LoRA, with nothing recomputed and no gradient of the context."""
-    tokens = ((case.frames - 1) // 4 + 1) * (case.height // 16) * (case.width // 16)
-    context = config.text_len + IMAGE_TOKENS
-    linears = 2 * tokens * (4 * config.dim**2 + 2 * config.dim**2 + 2 * config.dim * config.ffn_dim)
-    context_linears = 2 * context * 2 * config.dim**2
-    self_attention, cross_attention = 4 * tokens**2 * config.dim, 4 * tokens * context * config.dim
-    forward = linears + context_linears + self_attention + cross_attention
-    backward = linears + 2.5 * (self_attention + cross_attention)
-    return config.num_layers * (forward + backward)
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product in the same dtype: the peak that can be had."""
-    side = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(5):
-        synchronise(device)
-        started = time.perf_counter()
-        a @ b
-        synchronise(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * side**3 / best
+def needed_flops(model: WanI2V, case: Case) -> float:
+    """FLOPs of forward and backward pass, with nothing recomputed."""
+    linears, attention = model.flops(forecast.count_tokens(model.geometry, (case.frames, case.height, case.width)))
+    return linears * (1 + forecast.BACKWARD.linears) + attention * (1 + forecast.BACKWARD.attention)
 
 
 def synchronise(device: torch.device) -> None:

@@ -21,6 +21,7 @@ from loraedit_ext import run as runs
 from loraedit_ext.config import Family, RunConfig, StageSettings
 from loraedit_ext.doctor import ram
 from loraedit_ext.encode import Unconditional, encode_all, identity
+from loraedit_ext.forecast import product_rate
 from loraedit_ext.hunyuan import MaskedHunyuan
 from loraedit_ext.optim import check_optimizer
 from loraedit_ext.pipeline import World, check_world, distributed, planned_world, together
@@ -124,7 +125,7 @@ def prepare(config: RunConfig, world: World) -> Prepared:
         machine = this_machine(world)
         print(plan.describe(config, job, model, stages, triples, cached, transformer, replicas, machine), flush=True)
         if prepared.preview:
-            print(describe_preview(prepared.preview, config, job, model.geometry), flush=True)
+            print(describe_preview(prepared.preview, config, job, model), flush=True)
     return prepared
 
 
@@ -132,7 +133,8 @@ def this_machine(world: World) -> plan.Machine:
     """What one of the processes on this host may use."""
     device = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if torch.cuda.is_available() else None
     available, _ = ram()
-    return plan.Machine(device, available and available / world.local_size)
+    rate = product_rate(world.device, torch.bfloat16) if world.device.type == "cuda" else None
+    return plan.Machine(device, available and available / world.local_size, rate)
 
 
 def _run(

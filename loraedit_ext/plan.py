@@ -14,7 +14,7 @@ from torch import nn
 from common.errors import UserError
 from dataset.job import EditJob
 from dataset.triple import Triple
-from loraedit_ext import guidance, pieces, regimes
+from loraedit_ext import forecast, guidance, pieces, regimes
 from loraedit_ext.compositing import is_laid_back, result_size
 from loraedit_ext.config import ATTENTION, OFFLOAD, EditSettings, RunConfig, StageSettings
 from loraedit_ext.sampling import computed_steps
@@ -174,6 +174,8 @@ class Machine:
 
     device: float | None = None
     host: float | None = None
+    rate: float | None = None
+    """FLOP/s of large products in bf16."""
 
 
 def advice(config: RunConfig, predict: Callable[[RunConfig], Memory], blocks: int, machine: Machine) -> Iterator[str]:
@@ -316,6 +318,10 @@ def describe(
            f"{memory.offloaded / GB:.2f} GB copied out for each micro-batch, and back"] * bool(memory.inputs)),
         *(f"memory    {line}" for line in advice(config, predict, blocks, machine)),
         *(f"memory    {line}" for line in room(config, predict, machine)),
+        *forecast.describe(
+            forecast.training(config, model, chosen, samples, replicas), forecast.editing(config, model, job), machine.rate,
+            config.pipeline_stages * replicas,
+        ),
     ]
     return "\n".join(lines)
 

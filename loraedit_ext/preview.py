@@ -14,7 +14,7 @@ from dataset.job import EditedFrame, EditJob
 from dataset.resize import Fit, Grid, fit
 from dataset.triple import EncodedTriple, Triple
 from dataset.video_writer import write_mp4
-from loraedit_ext import regimes
+from loraedit_ext import forecast, regimes
 from loraedit_ext.compositing import finished
 from loraedit_ext.config import EditSettings, PreviewSettings, RunConfig
 from loraedit_ext.encode import Unconditional
@@ -25,8 +25,6 @@ from loraedit_ext.sampling import Forward, computed_steps, sample_latents
 from models.base import Geometry, I2VModel
 
 FOLDER = "previews"
-BACKWARD = 1.0
-"""Least cost, in forward passes, of a backward pass through frozen weights; attention's is higher."""
 
 
 @dataclass(frozen=True)
@@ -82,27 +80,19 @@ def _scaled(fitted: Fit, frame: EditedFrame) -> EditedFrame:
     return frame if fitted.size == fitted.source else replace(frame, image=fitted.image(frame.image))
 
 
-def describe_preview(preview: Preview, config: RunConfig, job: EditJob, geometry: Geometry) -> str:
+def describe_preview(preview: Preview, config: RunConfig, job: EditJob, model: I2VModel) -> str:
     """What the previews will be and what each will cost; arithmetic, not measurement."""
     frames, height, width = preview.shape
-    training_tokens = count_tokens(geometry, (max(len(clip) for clip in job.clips), *job.frames.shape[1:3]))
-    tokens = count_tokens(geometry, preview.shape)
     steps = sum(computed_steps(preview.settings))
-    forwards = steps * len(preview.passes)
+    clip = max(len(clip) for clip in job.clips), *job.frames.shape[1:3]
     per_step = config.gradient_accumulation_steps * config.micro_batch_size_per_gpu
-    per_step *= 1 + bool(config.activation_checkpointing) + BACKWARD
+    share = steps * len(preview.passes) * forecast.forward(model, preview.shape)
+    share /= per_step * forecast.training_sample(config, model, clip)
     return (
-        f"previews  every {config.sample_every_n_steps} steps: {frames} frames of {width}x{height} ({tokens} tokens), "
-        f"{steps} steps x {len(preview.passes)} pass(es); one costs at most about "
-        f"{forwards * tokens / (per_step * training_tokens):.2g} training steps, and the VAE's memory beside "
-        f"the transformer's; to {FOLDER}/stepN.mp4"
+        f"previews  every {config.sample_every_n_steps} steps: {frames} frames of {width}x{height} "
+        f"({forecast.count_tokens(model.geometry, preview.shape)} tokens), {steps} steps x {len(preview.passes)} pass(es); one "
+        f"costs about {share:.2g} training steps, and the VAE's memory beside the transformer's; to {FOLDER}/stepN.mp4"
     )
-
-
-def count_tokens(geometry: Geometry, shape: tuple[int, int, int]) -> int:
-    """Video tokens of (frames, height, width)."""
-    _, latent_frames, h, w = geometry.latent_shape(*shape)
-    return latent_frames * h * w // geometry.patch**2
 
 
 class Previewer:

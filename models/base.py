@@ -11,7 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,13 @@ class Geometry:
                 )
         latent_frames = (frames - 1) // self.temporal_stride + 1
         return (self.latent_channels, latent_frames, height // self.spatial_stride, width // self.spatial_stride)
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of linears and of attention."""
+
+    linears: float
+    attention: float
 
 
 def release_memory() -> None:
@@ -229,6 +236,10 @@ class I2VModel(ABC):
 
         As released: frame 0, then mid-grey; known on frame 0 only, whatever `video` and `mask` hold behind it.
         """
+
+    @abstractmethod
+    def flops(self, tokens: int) -> Flops:
+        """Of a forward pass of the transformer's blocks over so many video tokens."""
 
     @abstractmethod
     def build_transformer(self) -> nn.Module:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.base import TIMESTEPS, Geometry, I2VModel
+from models.base import TIMESTEPS, Flops, Geometry, I2VModel
 from models.hunyuan.checkpoint import HunyuanCheckpoint
 from models.hunyuan.config import Variant
 from models.hunyuan.keys import LORA
@@ -20,6 +20,10 @@ from models.hunyuan.transformer import HunyuanTransformer
 
 STABILITY = 0.001
 """Share of the first frame's latents in the initial noise, upstream's stability mode (which goes with shift 7)."""
+
+
+TEXT_TOKENS = 400
+"""About as many as a prompt and its picture have."""
 
 
 class HunyuanI2V(I2VModel):
@@ -91,6 +95,12 @@ class HunyuanI2V(I2VModel):
         cells = torch.zeros(1, frames, height, width)
         cells[:, 0] = 1
         return known, cells
+
+    def flops(self, tokens: int) -> Flops:
+        config = self.checkpoint.config
+        dim, count, depth = config.dim, tokens + TEXT_TOKENS, config.num_double + config.num_single
+        weights = 4 * dim**2 + 2 * dim * config.mlp_dim  # that a token meets, in a double and in a single block
+        return Flops(depth * 2 * count * weights, depth * 4 * count**2 * dim)
 
     def build_transformer(self) -> nn.Module:
         with torch.device("meta"):

@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import Geometry, I2VModel
+from models.base import Flops, Geometry, I2VModel
 from models.wan.checkpoint import WanCheckpoint
 from models.wan.keys import LORA
 from models.wan.transformer import WanTransformer
+
+IMAGE_TOKENS = 257
+"""Of CLIP's ViT-H/14."""
 
 
 class WanI2V(I2VModel):
@@ -69,6 +72,13 @@ class WanI2V(I2VModel):
         channels = torch.zeros(4, frames, height, width)
         channels[:, 0] = 1
         return known, channels
+
+    def flops(self, tokens: int) -> Flops:
+        config = self.checkpoint.config
+        dim, image = config.dim, IMAGE_TOKENS if config.reads_image else 0
+        linears = 2 * tokens * (6 * dim**2 + 2 * dim * config.ffn_dim) + 4 * (config.text_len + image) * dim**2
+        attention = 4 * tokens * (tokens + config.text_len + image) * dim
+        return Flops(config.num_layers * linears, config.num_layers * attention)
 
     def build_transformer(self) -> nn.Module:
         with torch.device("meta"):

@@ -360,7 +360,7 @@ def test_the_lines_for_a_card_of_24_gb_are_keys_of_the_run(folder):
     assert load_config(config).model.ckpt_path == Path("/weights")
     config.write_text(re.sub(r"^# (\w+ = )", r"\1", config.read_text(), flags=re.MULTILINE))
     run = load_config(config)
-    assert (run.activation_checkpointing, run.blocks_to_swap, run.model.transformer_dtype) == ("offload", 12, "float8")
+    assert (run.activation_checkpointing, run.blocks_to_swap, run.model.transformer_dtype) == ("offload", 4, "float8")
 
 
 def test_a_run_that_a_person_edited_is_kept_or_refused(folder):
