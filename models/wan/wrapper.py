@@ -8,6 +8,7 @@ Axes: F pixel frames, H W pixels, T latent frames, h w latent cells, L text toke
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -51,9 +52,18 @@ class WanI2V(I2VModel):
         return super().loaders | ({"image": self.checkpoint.load_image_encoder} if self.checkpoint.config.reads_image else {})
 
     def encode_prompt(self, prompt: str, reference: Tensor) -> dict[str, Tensor]:
-        """`text` (text_len, text_dim): the prompt's features, zero-padded and not masked, as the original does."""
-        features = self.run_encoder("text", lambda encoder: encoder.encode(prompt).cpu())
+        """`text` (text_len, text_dim): the prompt's features, zero-padded and not masked, as the original does.
+
+        Each prompt is encoded once: the pieces of a long clip have the same, and umT5 takes its time to load.
+        """
+        if prompt not in self._features:
+            self._features[prompt] = self.run_encoder("text", lambda encoder: encoder.encode(prompt).cpu())
+        features = self._features[prompt]
         return {"text": F.pad(features, (0, 0, 0, self.checkpoint.config.text_len - len(features)))}
+
+    @cached_property
+    def _features(self) -> dict[str, Tensor]:
+        return {}
 
     def encode_condition(
         self, video: Tensor, mask: Tensor, reference: Tensor, prompt: str

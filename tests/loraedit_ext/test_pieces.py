@@ -14,6 +14,8 @@ from dataset.job import EditedFrame, load_job
 from dataset.resize import Grid
 from loraedit_ext import launch, pieces
 from loraedit_ext.config import load_config
+from models.wan.checkpoint import WanCheckpoint
+from models.wan.encoders import WanTextEncoder
 
 
 @pytest.fixture
@@ -138,6 +140,19 @@ def test_a_piece_is_what_an_edit_of_its_frames_alone_would_be(edit_folder, tmp_p
     second = edited("start = 4\n" + without)
     assert (both[5:] == second[1:]).all()
     assert (both[5:] != edited(text)[5:]).any()
+
+
+def test_the_prompt_is_encoded_once_for_all_pieces(edit_folder, tmp_path, monkeypatch):
+    """umT5 takes 11 GB: it is loaded for the first piece alone."""
+    launch.train(load_config(edit_folder.config))
+    loads, texts = [], []
+    real = WanCheckpoint.load_text_encoder
+    monkeypatch.setattr(WanCheckpoint, "load_text_encoder", lambda self, device: loads.append(1) or real(self, device))
+    encode = WanTextEncoder.encode
+    monkeypatch.setattr(WanTextEncoder, "encode", lambda self, prompt: texts.append(prompt) or encode(self, prompt))
+    launch.edit(load_config(edit_folder.config, ["edit.clip_frames=5", "edit.steps=1"]), None, tmp_path / "out")
+    assert len(loads) == 1
+    assert len(texts) == len(set(texts)) == 2  # the prompt, and the negative one
 
 
 def test_pieces_are_planned_and_checked_before_the_training(edit_folder, capsys):
