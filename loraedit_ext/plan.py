@@ -32,8 +32,8 @@ KEPT_ROWS = 27.3
 dtype (benchmarks/activations.md has this and the following ones)."""
 ATTENTION_ROWS = 1.02
 """Rows of attention's result and of what its backward needs beside it."""
-WORKING_ROWS, PIECE_ROWS = 15.8, 24.9
-"""Rows alive at the peak of one block's backward: for all tokens, and more for a piece of them."""
+WORKING_ROWS, PIECE_ROWS, INTEGER_ROWS = 15.8, 24.9, 9.0
+"""Rows alive at the peak of one block's backward: for all tokens, for a piece of them, and for one if it multiplies integers."""
 PLAIN_ROWS = 7.5
 """The same beside what is kept of the block, if nothing is recomputed."""
 OPTIMIZER_BYTES = 16
@@ -120,7 +120,8 @@ def predict_memory(
     values = tokens * width * config.micro_batch_size_per_gpu
     share, pieces = 1 / config.pipeline_stages, -(-tokens // PIECE)
     kept, inputs, offloaded = _kept(config, values * compute, values * STREAM_BYTES, blocks)
-    working = values * compute * (WORKING_ROWS + PIECE_ROWS / pieces)
+    of_piece = PIECE_ROWS + INTEGER_ROWS * config.model.int8_matmul
+    working = values * compute * (WORKING_ROWS + of_piece / pieces)
     if pieces > 1 and not config.model.int8_matmul:
         working += compute * max(_eight_bit_weights(layer, config, model) for layer in layers[1:-1])
     return Memory(
@@ -151,21 +152,21 @@ def _kept(config: RunConfig, row: float, stream: float, blocks: int) -> tuple[fl
     return row * min(ON_DEVICE, held) + bounds, row * held, row * blocks / stages
 
 
-def _frozen_bytes(layer: PipelineLayer, config: RunConfig, model: I2VModel) -> int:
+def _frozen(layer: PipelineLayer, config: RunConfig, model: I2VModel) -> Iterator[tuple[int, int]]:
+    """Numbers and bytes a number of each frozen parameter."""
     dtype, linears = config.model.storage
-    return sum(
-        parameter.numel() * model.dtype_of(name.replace(".base_layer", ""), dtype, linears).itemsize
-        for name, parameter in layer.original_parameters() if not parameter.requires_grad
-    )
+    for name, parameter in layer.original_parameters():
+        if not parameter.requires_grad:
+            yield parameter.numel(), model.dtype_of(name.replace(".base_layer", ""), dtype, linears).itemsize
+
+
+def _frozen_bytes(layer: PipelineLayer, config: RunConfig, model: I2VModel) -> int:
+    return sum(count * size for count, size in _frozen(layer, config, model))
 
 
 def _eight_bit_weights(layer: PipelineLayer, config: RunConfig, model: I2VModel) -> int:
     """Weights of a block that are stored in 8 bits: while its pieces are computed they are there upcast as well."""
-    dtype, linears = config.model.storage
-    return sum(
-        parameter.numel() for name, parameter in layer.original_parameters()
-        if not parameter.requires_grad and model.dtype_of(name.replace(".base_layer", ""), dtype, linears).itemsize == 1
-    )
+    return sum(count for count, size in _frozen(layer, config, model) if size == 1)
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,8 @@ class _IntegerLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        out = _integer_product(x, weight.t()) * scale.view(-1)
-        return (out if bias is None else out + bias).to(x.dtype)
+        out = _integer_product(x, weight.t()).mul_(scale.view(-1))
+        return (out if bias is None else out.add_(bias)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:

@@ -65,7 +65,9 @@ METHODS = {method.key: method for method in (
     Method("appearance_guided", "motion + appearance, source guidance", "appearance", "motion", guided=True),
 )}  # fmt: skip
 """In the order of table and work: `vae` warms up what the first edit would be charged for. Cases as in the paper's figure 2."""
-LATER = dict.fromkeys(("clip_frames", "expert", "other_lora", "other_transformer_path", "boundary")) | {"compute_every": 1, "int8_matmul": False}
+LATER = dict.fromkeys(("clip_frames", "expert", "other_lora", "other_transformer_path", "boundary")) | {
+    "compute_every": 1, "int8_matmul": False,
+}  # fmt: skip
 """Keys of [model] and [edit] that came after the committed results, with the value that these were made with."""
 DEFAULT_METHODS = tuple(key for key, method in METHODS.items() if not method.long)
 
