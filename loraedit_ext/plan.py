@@ -33,7 +33,7 @@ dtype (benchmarks/activations.md has this and the following ones)."""
 ATTENTION_ROWS = 1.02
 """Rows of attention's result and of what its backward needs beside it."""
 WORKING_ROWS, PIECE_ROWS, INTEGER_ROWS = 15.8, 24.9, 9.0
-"""Rows alive at the peak of one block's backward: for all tokens, for a piece of them, and for one if it multiplies integers."""
+"""Rows alive at the peak of a block's backward: for all tokens, for a piece of them, and more if it multiplies integers."""
 PLAIN_ROWS = 7.5
 """The same beside what is kept of the block, if nothing is recomputed."""
 OPTIMIZER_BYTES = 16
