@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from models.checkpoint import Entry, row_pieces
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -129,17 +129,25 @@ def multiply_integers(modules: Iterable[nn.Module], device: torch.device) -> Non
     """Let linears that are stored in integers multiply integers.
 
     Raises:
-        UserError: their products on this device are not exact (some versions of CUDA's library had them wrong).
+        UserError: this device has no such products, or they are not exact (some versions of CUDA's library had them wrong).
     """
-    _check_integer_products(device)
+    try:
+        exact, why = _integer_products_are_exact(device), f"multiplies 8-bit integers wrongly with torch {torch.__version__}"
+    except RuntimeError as error:
+        exact, why = False, f"cannot multiply 8-bit integers: {first_line(error)}"
+    if not exact:
+        raise UserError(
+            f"model.int8_matmul: {device} {why}. Leave the key out: weights then stay in 8 bits, and products are computed in "
+            "the working dtype."
+        )
     for module in modules:
         for child in module.modules():
             if isinstance(child, EightBitLinear) and child.weight.dtype == torch.int8:
                 child.integers = True
 
 
-def _check_integer_products(device: torch.device) -> None:
-    """Both layouts that are used, over rows of every remainder by 8."""
+def _integer_products_are_exact(device: torch.device) -> bool:
+    """In both layouts that are used, over rows of every remainder by 8."""
     generator = torch.Generator().manual_seed(0)
     for rows in (*range(_FEWEST_ROWS, _FEWEST_ROWS + 8), 300):
         x, weight = (torch.randint(-_LARGEST, 128, shape, dtype=torch.int8, generator=generator)
@@ -147,10 +155,8 @@ def _check_integer_products(device: torch.device) -> None:
         for other in (weight.to(device).t(), weight.t().contiguous().to(device)):
             found = torch._int_mm(x.to(device), other).cpu()
             if not torch.equal(found, (x.double() @ weight.double().t()).int()):
-                raise UserError(
-                    f"model.int8_matmul: products of 8-bit integers are wrong on this device ({device}, torch "
-                    f"{torch.__version__}). Leave the key out."
-                )
+                return False
+    return True
 
 
 def quantised(entry: Entry, dtype: torch.dtype, device: torch.device) -> tuple[Entry, Tensor]:

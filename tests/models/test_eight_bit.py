@@ -260,7 +260,16 @@ def test_wrong_products_of_a_device_are_found(monkeypatch):
     """As with cuBLAS of CUDA 12.1, for some numbers of rows (pytorch issue 107671)."""
     real = torch._int_mm
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: real(a, b) + (len(a) == 37))
-    with pytest.raises(UserError, match="products of 8-bit integers are wrong on this device"):
+    with pytest.raises(UserError, match="cpu multiplies 8-bit integers wrongly with torch"):
+        multiply_integers([], CPU)
+
+
+def test_a_device_without_such_products_is_told_of(monkeypatch):
+    def unsupported(_a, _b):
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nand more")
+
+    monkeypatch.setattr(torch, "_int_mm", unsupported)
+    with pytest.raises(UserError, match=r"cpu cannot multiply 8-bit integers: CUBLAS_STATUS_NOT_SUPPORTED\. Leave the key out"):
         multiply_integers([], CPU)
 
 
