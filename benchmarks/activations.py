@@ -21,17 +21,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from benchmarks.random_weights import in_memory, independent
 from loraedit_ext import lora
 from loraedit_ext.config import AdapterSettings
 from models.base import I2VModel
 from models.blocks import TransformerBlock, recomputed
+from models.eight_bit import multiply_integers
 from models.hunyuan import transformer as hunyuan
 from models.hunyuan.config import HunyuanConfig
 from models.hunyuan.wrapper import HunyuanI2V
@@ -71,23 +73,41 @@ class Subject:
     def given(self) -> list[Tensor]:
         """Tensors that are there before a pass."""
         conditions = tree_leaves(list(vars(self.at).values()))
-        return [*self.block.parameters(), *(part for part in conditions if isinstance(part, Tensor))]
+        weights = [*self.block.parameters(), *self.block.buffers()]
+        return [*weights, *(part for part in conditions if isinstance(part, Tensor))]
 
 
-def wan_block(grid: tuple[int, int, int], dtype: torch.dtype) -> Subject:
+@dataclass(frozen=True)
+class Storage:
+    """How a block's weights are stored and multiplied."""
+
+    dtype: torch.dtype = torch.bfloat16
+    linears: torch.dtype | None = None
+    integers: bool = False
+
+
+STORAGE = {
+    "bf16": Storage(), "float8": Storage(linears=torch.float8_e4m3fn), "int8": Storage(linears=torch.int8),
+    "int8-matmul": Storage(linears=torch.int8, integers=True),
+}  # fmt: skip
+EXACT = Storage(torch.float32)
+Grid = tuple[int, int, int]
+
+
+def wan_block(grid: Grid, storage: Storage) -> Subject:
     config = WanConfig(dim=640, ffn_dim=1728, num_heads=5, num_layers=1, image_dim=160)
-    layers = build(WanI2V(SimpleNamespace(config=config), CPU), dtype)
-    context = tuple(random(1, count, 640).to(dtype) for count in (512 // NARROWER, 257 // NARROWER))
+    layers = build(WanI2V, config, storage)
+    context = tuple(random(1, count, 640).to(storage.dtype) for count in (512 // NARROWER, 257 // NARROWER))
     at = wan.Conditions(random(1, 6, 640), layers[0].rope(grid), context)
     return Subject(layers[1].block, random(1, at.rope.shape[1], 640), at)
 
 
-def hunyuan_block(grid: tuple[int, int, int], dtype: torch.dtype, single: bool) -> Subject:
+def hunyuan_block(grid: Grid, storage: Storage, single: bool) -> Subject:
     config = HunyuanConfig(
         dim=384, num_heads=3, mlp_dim=1536, num_double=1, num_single=1, in_channels=16, guidance_embed=True,
         rope_axes=(16, 56, 56), num_refiner=0, text_dim=64, pooled_dim=64,
     )  # fmt: skip
-    layers = build(HunyuanI2V(SimpleNamespace(config=config), CPU), dtype)
+    layers = build(HunyuanI2V, config, storage)
     rope, text = rope_table(grid, config.rope_axes, hunyuan.ROPE_THETA), 400
     preserved = torch.rand(1, rope.shape[1], generator=torch.Generator().manual_seed(1)) > 0.5
     count = rope.shape[1] + text
@@ -95,7 +115,7 @@ def hunyuan_block(grid: tuple[int, int, int], dtype: torch.dtype, single: bool) 
     return Subject(layers[2 if single else 1].block, random(1, count, 384), at)
 
 
-SUBJECTS: dict[str, Callable[[tuple[int, int, int], torch.dtype], Subject]] = {
+SUBJECTS: dict[str, Callable[[Grid, Storage], Subject]] = {
     "Wan": wan_block,
     "HunyuanVideo, double": partial(hunyuan_block, single=False),
     "HunyuanVideo, single": partial(hunyuan_block, single=True),
@@ -106,19 +126,21 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-@torch.no_grad()
-def build(model: I2VModel, dtype: torch.dtype) -> list[Any]:
-    """Layers of a transformer with random weights, the same values in every dtype, and a LoRA that is not zero."""
+def build(family: type[I2VModel], config: WanConfig | HunyuanConfig, storage: Storage) -> list[Any]:
+    """Layers of a transformer with random weights and a LoRA that is not zero."""
+    checkpoint = SimpleNamespace(config=config)
+    model = family(checkpoint, CPU)
     transformer = model.build_transformer()
+    checkpoint.transformer_tensors = lambda: in_memory(transformer, independent)
     layers = transformer.layers()
+    model.load_weights(layers, storage.dtype, CPU, storage.linears)
     lora.inject(transformer, model, AdapterSettings(rank=RANK))
-    for module in transformer.modules():
-        for name, weight in list(module.named_parameters(recurse=False)):
-            value = random(*weight.shape).div_(max(weight.shape[-1], 1) ** 0.5).bfloat16()
-            value = torch.ones_like(value) if "Norm" in type(module).__name__ else value
-            kept = weight.requires_grad or name == "modulation" or "Norm" in type(module).__name__
-            new = nn.Parameter(value.to(torch.float32 if kept else dtype), requires_grad=weight.requires_grad)
-            setattr(module, name, new)
+    lora.initialise(layers, 0, CPU)
+    for name, weight in lora.trainable(layers).items():
+        if ".lora_B." in name:
+            weight.data.copy_(random(*weight.shape) * 0.02)
+    if storage.integers:
+        multiply_integers(layers, CPU)
     return layers
 
 
@@ -160,8 +182,8 @@ class Counter(TorchDispatchMode):
             self.attention += sdpa_flop_count(*shapes[:3])
         elif operation is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
             self.attention += sdpa_backward_flop_count(*shapes)
-        elif operation in flop_registry:
-            self.linears += flop_registry[operation](*args, out_val=out)
+        elif operation in flop_registry or operation is torch.ops.aten._int_mm:
+            self.linears += flop_registry.get(operation, flop_registry[torch.ops.aten.mm])(*args, out_val=out)
 
 
 @dataclass
@@ -176,7 +198,7 @@ class Measured:
     gradients: list[Tensor]
 
 
-def measure(subject: Subject, run: Run, dtype: torch.dtype) -> Measured:
+def measure(subject: Subject, run: Run, dtype: torch.dtype = torch.bfloat16) -> Measured:
     leaf = subject.x.clone().requires_grad_()
     with Counter(subject.given) as counter:
         hidden = leaf + 0  # as from the block before: nothing but this block may hold it
@@ -211,17 +233,18 @@ def main() -> None:
     """Print a markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", choices=GRIDS, default=next(iter(GRIDS)), help="tokens")
+    parser.add_argument("--storage", choices=STORAGE, default="bf16", help="of the linears' weights")
     options = parser.parse_args()
     grid = GRIDS[options.grid]
-    print(f"{options.grid}, torch {torch.__version__}\n")
+    print(f"{options.grid}, {options.storage}, torch {torch.__version__}\n")
     print("| block | | kept, rows | alive at most, rows | linears | attention | input gradient off | LoRA's off | CPU s |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name, make in SUBJECTS.items():
-        true = measure(make(grid, torch.float32), WAYS["nothing recomputed (`false`)"], torch.float32)
-        subject = make(grid, torch.bfloat16)
+        true = measure(make(grid, EXACT), WAYS["nothing recomputed (`false`)"], torch.float32)
+        subject = make(grid, STORAGE[options.storage])
         row = 2 * subject.x.numel()
         for way, run in WAYS.items():
-            found = measure(subject, run, torch.bfloat16)
+            found = measure(subject, run)
             linears, attention = (whole / one for whole, one in zip(found.total, true.forward, strict=True))
             errors = error(found.gradients[:1], true.gradients[:1]), error(found.gradients[1:], true.gradients[1:])
             print(f"| {name} | {way} | {found.kept / row:.1f} | {found.peak / row:.1f} | {linears:.2f} | {attention:.2f} | "

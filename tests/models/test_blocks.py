@@ -10,24 +10,23 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import activations
-from benchmarks.activations import SUBJECTS, WAYS, Subject, measure
+from benchmarks.activations import EXACT, STORAGE, SUBJECTS, WAYS, Storage, Subject, measure
 from common.errors import UserError
 from loraedit_ext import launch
 from loraedit_ext.config import load_config
 from models import blocks, eight_bit
 from models.blocks import recomputed, slices
-from models.eight_bit import replace_linears
+from models.eight_bit import EightBitLinear
 from models.hunyuan import transformer as hunyuan
 from models.layers import compile_blocks
 
 GRID = (2, 4, 5)
-FP32 = torch.float32
 PLAIN = WAYS["nothing recomputed (`false`)"]
 
 
-def subject(name, dtype=FP32, batch=1):
+def subject(name, storage=EXACT, batch=1):
     """A small block of a kind, a Hunyuan one with padding at the end of a sample's text."""
-    made = SUBJECTS[name](GRID, dtype)
+    made = SUBJECTS[name](GRID, storage)
     at = made.at
     if isinstance(at, hunyuan.Conditions):
         vector, clean = at.vector.repeat(batch, 1), at.clean.repeat(batch, 1)
@@ -129,9 +128,9 @@ def test_a_block_keeps_one_row_and_works_in_few(monkeypatch):
     """In bf16 at a size that has fused attention, in ten pieces; a row is one bf16 activation."""
     monkeypatch.setitem(activations.GRIDS, "test", (4, 32, 32))
     monkeypatch.setattr(blocks, "PIECE", 410)
-    part = SUBJECTS["Wan"](activations.GRIDS["test"], torch.bfloat16)
+    part = SUBJECTS["Wan"](activations.GRIDS["test"], STORAGE["bf16"])
     row = 2 * part.x.numel()
-    found = {way: measure(part, run, torch.bfloat16) for way, run in WAYS.items()}
+    found = {way: measure(part, run) for way, run in WAYS.items()}
     kept = [measured.kept / row for measured in found.values()]
     alive = [measured.peak / row for measured in found.values()]
     assert kept == pytest.approx([27.3, 2, 1, 2.02], abs=0.1)
@@ -147,12 +146,8 @@ def test_a_backward_pass_that_never_comes_leaves_nothing_behind():
 
 def test_8_bit_weights_are_upcast_once_for_all_pieces(monkeypatch):
     """Once in a pass forward, once in a pass back, and let go of behind it."""
-    part = subject("Wan")
-    replaced = replace_linears(part.block, "blocks.0", r"blocks\.0\.(self_attn|ffn)\..*base_layer")
-    for linear in replaced.values():
-        linear.weight = torch.nn.Parameter(torch.randn(linear.weight.shape).to(torch.float8_e4m3fn), requires_grad=False)
-        linear.bias = torch.nn.Parameter(torch.zeros(linear.bias.shape), requires_grad=False)
-        linear.scale = torch.rand(linear.out_features, 1) + 0.1
+    part = subject("Wan", Storage(torch.float32, torch.float8_e4m3fn))
+    replaced = [module for module in part.block.modules() if isinstance(module, EightBitLinear)]
     calls = []
     real = eight_bit.dequantise
     monkeypatch.setattr(eight_bit, "dequantise", lambda *given: calls.append(1) or real(*given))
@@ -160,10 +155,10 @@ def test_8_bit_weights_are_upcast_once_for_all_pieces(monkeypatch):
     monkeypatch.setattr(blocks, "PIECE", 7)
     calls.clear()
     output = recomputed(part.block, part.x.clone().requires_grad_(), part.at)
-    assert len(calls) == len(replaced) == 6
+    assert len(calls) == len(replaced) == 12
     output.square().mean().backward()
-    assert len(calls) == 2 * 6
-    assert all(linear.upcast is None for linear in replaced.values())
+    assert len(calls) == 2 * 12
+    assert all(linear.upcast is None for linear in replaced)
     agree(gradients(part, recomputed), whole, 1e-5)
 
 
