@@ -34,6 +34,8 @@ ATTENTION_ROWS = 1.02
 """Rows of attention's result and of what its backward needs beside it."""
 WORKING_ROWS, PIECE_ROWS, INTEGER_ROWS = 15.8, 24.9, 9.0
 """Rows alive at the peak of a block's backward: for all tokens, for a piece of them, and more if it multiplies integers."""
+ATTENDING_ROWS = 18.3
+"""Rows alive in the backward of attention, which are the most if there are many pieces."""
 PLAIN_ROWS = 7.5
 """The same beside what is kept of the block, if nothing is recomputed."""
 OPTIMIZER_BYTES = 16
@@ -121,7 +123,7 @@ def predict_memory(
     share, pieces = 1 / config.pipeline_stages, -(-tokens // PIECE)
     kept, inputs, offloaded = _kept(config, values * compute, values * STREAM_BYTES, blocks)
     of_piece = PIECE_ROWS + INTEGER_ROWS * config.model.int8_matmul
-    working = values * compute * (WORKING_ROWS + of_piece / pieces)
+    working = values * compute * max(WORKING_ROWS + of_piece / pieces, ATTENDING_ROWS)
     if pieces > 1 and not config.model.int8_matmul:
         working += compute * max(_eight_bit_weights(layer, config, model) for layer in layers[1:-1])
     return Memory(
