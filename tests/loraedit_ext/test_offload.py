@@ -550,14 +550,15 @@ def test_a_run_is_that_without_offloading(tmp_path, tiny_wan, tiny_hunyuan, fami
 
 
 @pytest.mark.slow
-def test_two_processes_offload_each_for_itself(edit_folder):
+@pytest.mark.parametrize("setting", [SETTING, f"activation_checkpointing={ATTENTION}"])
+def test_two_processes_keep_each_for_itself(edit_folder, setting):
     """To the bit what the same stages keep on the device, with more micro-batches than stages."""
     common = ["pipeline_stages=2", "gradient_accumulation_steps=4", "adapter.dropout=0.1", "eval_every_n_steps=3"]
     launch_processes(edit_folder, *common, processes=2)
-    launch_processes(edit_folder, *common, SETTING, processes=2)
-    kept, offloads = edit_folder.runs()
+    launch_processes(edit_folder, *common, setting, processes=2)
+    kept, other = edit_folder.runs()
     assert numbers(edit_folder.metrics(0)) == numbers(edit_folder.metrics(1))
-    assert_same(lora_of(kept, 6), lora_of(offloads, 6))
+    assert_same(lora_of(kept, 6), lora_of(other, 6))
 
 
 @pytest.mark.parametrize("word", ["offload", "unsloth"])
