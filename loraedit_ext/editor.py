@@ -18,6 +18,7 @@ from loraedit_ext import flow, guidance, lora, masks, pieces, regimes
 from loraedit_ext.compositing import finished
 from loraedit_ext.config import RunConfig
 from loraedit_ext.encode import encode_all
+from loraedit_ext.forecast import count_tokens
 from loraedit_ext.pipeline import World, autocast
 from loraedit_ext.sampling import Forward, computed_steps, sample_latents
 from models.base import TIMESTEPS, I2VModel, release_memory
@@ -78,7 +79,7 @@ class Editor:
         frames = finished(job, generated, settings)
         facts = {
             "seconds": round(time.perf_counter() - started, 2),
-            "tokens": _tokens(self.model.geometry.latent_shape(max(map(len, planned)), *job.frames.shape[1:3])),
+            "tokens": count_tokens(self.model.geometry, (max(map(len, planned)), *job.frames.shape[1:3])),
             "computed_steps": sum(computed_steps(settings)),
             "pieces": [[span.start, span.stop] for span in planned],
             "loras": [_lora_facts(expert, each, strength) for expert in self.experts for each, strength in expert.stack],
@@ -147,10 +148,6 @@ def _lora_facts(expert: Expert, each: lora.LoraFile, strength: float) -> dict[st
     name = expert.model.describe().get("expert")
     facts = {"path": str(each.path), "sha256": hash_file(each.path), "strength": strength}
     return facts | ({"expert": name} if name else {})
-
-
-def _tokens(shape: tuple[int, ...]) -> int:
-    return shape[1] * shape[2] * shape[3] // 4
 
 
 def check_lora(adapter: lora.LoraFile, model: I2VModel, job: EditJob, rule: masks.MaskRule) -> list[str]:

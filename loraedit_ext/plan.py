@@ -287,8 +287,7 @@ def describe(
     per_step = config.micro_batch_size_per_gpu * config.gradient_accumulation_steps * replicas
     trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     width, height = job.size
-    _, latent_frames, h, w = model.geometry.latent_shape(max(len(c) for c in job.clips), height, width)
-    tokens = latent_frames * h * w // model.geometry.patch**2
+    tokens = forecast.count_tokens(model.geometry, (max(len(c) for c in job.clips), height, width))
     blocks = len(transformer.layers()) - 2
 
     def predict(changed: RunConfig) -> Memory:
