@@ -101,13 +101,13 @@ def measure(
         engine.train_step(iter([objective.batch("bench", [sample], [number])]), case)
 
     step(0)
-    synchronise(device)
+    forecast.synchronise(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
     for number in range(1, options.steps + 1):
         step(number)
-    synchronise(device)
+    forecast.synchronise(device)
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
     return (time.perf_counter() - started) / options.steps, peak
 
@@ -126,11 +126,6 @@ def needed_flops(model: WanI2V, case: Case) -> float:
     """FLOPs of forward and backward pass, with nothing recomputed."""
     linears, attention = model.flops(forecast.count_tokens(model.geometry, (case.frames, case.height, case.width)))
     return linears * (1 + forecast.BACKWARD.linears) + attention * (1 + forecast.BACKWARD.attention)
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def device_name(device: torch.device) -> str:

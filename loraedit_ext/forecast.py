@@ -1,4 +1,4 @@
-"""How much a run computes, and how long that takes at least: arithmetic over matrix products and attention."""
+"""How much a run computes, and about how long that takes: arithmetic over matrix products and attention."""
 
 from __future__ import annotations
 
@@ -91,14 +91,15 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(5):
-        _synchronise(device)
+        synchronise(device)
         started = time.perf_counter()
         a @ b
-        _synchronise(device)
+        synchronise(device)
         best = min(best, time.perf_counter() - started)
     return 2 * side**3 / best
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Wait until a device has computed what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

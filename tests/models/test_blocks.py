@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import activations
 from benchmarks.activations import EXACT, STORAGE, SUBJECTS, WAYS, Storage, Subject, measure
 from common.errors import UserError
 from loraedit_ext import launch
@@ -126,9 +125,8 @@ def test_attention_that_is_kept_is_not_computed_again(name):
 
 def test_a_block_keeps_one_row_and_works_in_few(monkeypatch):
     """In bf16 at a size that has fused attention, in ten pieces; a row is one bf16 activation."""
-    monkeypatch.setitem(activations.GRIDS, "test", (4, 32, 32))
     monkeypatch.setattr(blocks, "PIECE", 410)
-    part = SUBJECTS["Wan"](activations.GRIDS["test"], STORAGE["bf16"])
+    part = SUBJECTS["Wan"]((4, 32, 32), STORAGE["bf16"])
     row = 2 * part.x.numel()
     found = {way: measure(part, run) for way, run in WAYS.items()}
     kept = [measured.kept / row for measured in found.values()]

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from wan_parts import GOLDEN_CONFIG, golden_weights
+from wan_parts import GOLDEN_CONFIG, golden_weights, velocity
 
 from common.errors import UserError
 from models.checkpoint import open_tensors
@@ -133,14 +133,6 @@ def folder(golden, tmp_path_factory):
     path = tmp_path_factory.mktemp("golden")
     write_checkpoint(path, golden_weights(golden))
     return path
-
-
-def velocity(transformer, golden):
-    i = golden("wan_i2v_dit").inputs
-    text = torch.zeros(2, 512, 64)
-    text[0, :17], text[1, :40] = i["context_0"], i["context_1"]
-    with torch.no_grad():
-        return transformer(i["x"], i["t"], i["y"], text, i["clip_fea"])
 
 
 @pytest.mark.parametrize("stored", [E4M3, INT8])

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import save_file
-from wan_parts import CLIP_HEADS, GOLDEN_CONFIG, assert_close, golden_weights
+from wan_parts import CLIP_HEADS, GOLDEN_CONFIG, assert_close, golden_weights, velocity
 
 from models.wan.checkpoint import VAE_FILE, WanCheckpoint, WanTransformerFiles
 from models.wan.config import WanConfig, transformer_shapes
@@ -100,14 +100,6 @@ def transformer_of(checkpoint):
     transformer = model.build_transformer()
     model.load_weights(transformer.layers(), torch.float32, CPU)
     return transformer
-
-
-def velocity(transformer, golden):
-    i = golden("wan_i2v_dit").inputs
-    text = torch.zeros(2, 512, 64)
-    text[0, :17], text[1, :40] = i["context_0"], i["context_1"]
-    with torch.no_grad():
-        return transformer(i["x"], i["t"], i["y"], text, i["clip_fea"])
 
 
 @pytest.mark.parametrize("layout", ["original", "diffusers", "comfyui", "kijai"])

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from models.wan.config import WanConfig
 from models.wan.random_weights import build_tokenizer
@@ -25,6 +26,15 @@ def golden_weights(golden: Callable[[str], Any]) -> WanWeights:
         text_encoder=golden("umt5_encoder").weights, image_encoder=visual, vae=golden("wan_vae").weights,
         tokenizer=build_tokenizer()[0], image_heads=CLIP_HEADS,
     )
+
+
+def velocity(transformer: nn.Module, golden: Callable[[str], Any]) -> torch.Tensor:
+    """What a transformer makes of the golden inputs."""
+    i = golden("wan_i2v_dit").inputs
+    text = torch.zeros(2, 512, 64)
+    text[0, :17], text[1, :40] = i["context_0"], i["context_1"]
+    with torch.no_grad():
+        return transformer(i["x"], i["t"], i["y"], text, i["clip_fea"])
 
 
 def with_statistics(weights: WanWeights, mean: torch.Tensor, std: torch.Tensor) -> WanWeights:
