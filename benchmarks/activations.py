@@ -32,12 +32,13 @@ from benchmarks.random_weights import in_memory, independent
 from loraedit_ext import lora
 from loraedit_ext.config import AdapterSettings
 from models.base import I2VModel
-from models.blocks import TransformerBlock, recomputed
+from models.blocks import TransformerBlock
 from models.eight_bit import multiply_integers
 from models.hunyuan import transformer as hunyuan
 from models.hunyuan.config import HunyuanConfig
 from models.hunyuan.wrapper import HunyuanI2V
 from models.layers import rope_table
+from models.recompute import recomputed
 from models.wan import transformer as wan
 from models.wan.config import WanConfig
 from models.wan.wrapper import WanI2V

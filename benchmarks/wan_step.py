@@ -12,6 +12,7 @@ import platform
 import time
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import get_args
 
 import torch
 
@@ -23,6 +24,7 @@ from loraedit_ext.flow import TimestepSampler
 from loraedit_ext.objective import Objective
 from loraedit_ext.pipeline import Engine, distributed
 from loraedit_ext.trainer import checkpoint_activations
+from models.attention_backend import AttentionBackend, attention_backend
 from models.eight_bit import multiply_integers
 from models.layers import compile_blocks
 from models.wan.config import WanConfig
@@ -54,6 +56,7 @@ def main() -> None:
     parser.add_argument("--storage", choices=STORAGE, default="as computed", help="of the blocks' linears")
     parser.add_argument("--int8-matmul", action="store_true", help="with --storage int8: multiply integers too")
     parser.add_argument("--compile", action="store_true", help="use torch.compile; the first step then takes long")
+    parser.add_argument("--attention-backend", choices=get_args(AttentionBackend), default="torch")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     options = parser.parse_args()
     config = SMALL if options.small else WanConfig.i2v_14b()
@@ -63,7 +66,7 @@ def main() -> None:
     cases = [case for case in cases if case.checkpointing or not options.swap]
     also = [ATTENTION] * options.attention + [OFFLOAD] * options.offload
     cases += [replace(case, checkpointing=how) for how in also for case in cases if case.checkpointing]
-    with distributed() as world:
+    with distributed() as world, attention_backend(options.attention_backend):
         peak = forecast.product_rate(world.device, getattr(torch, options.dtype))
         print(f"{device_name(world.device)}, torch {torch.__version__}, {options.dtype}; "
               f"matrix products alone: {peak / 1e12:.1f} TFLOP/s\n")
@@ -124,8 +127,8 @@ def random_sample(model: WanI2V, config: WanConfig, case: Case) -> EncodedTriple
 
 def needed_flops(model: WanI2V, case: Case) -> float:
     """FLOPs of forward and backward pass, with nothing recomputed."""
-    linears, attention = model.flops(forecast.count_tokens(model.geometry, (case.frames, case.height, case.width)))
-    return linears * (1 + forecast.BACKWARD.linears) + attention * (1 + forecast.BACKWARD.attention)
+    tokens = forecast.count_tokens(model.geometry, (case.frames, case.height, case.width))
+    return forecast.with_backward(model.flops(tokens))
 
 
 def device_name(device: torch.device) -> str:

@@ -22,6 +22,7 @@ from loraedit_ext import diffusion_pipe
 from loraedit_ext.flow import SamplerName, TimestepMethod
 from loraedit_ext.masks import MaskRule
 from loraedit_ext.regimes import EditCondition, Regime
+from models.attention_backend import AttentionBackend
 from models.wan.config import BOUNDARY, Expert
 
 DType = Literal["float32", "bfloat16"]
@@ -329,6 +330,9 @@ class RunConfig(Settings):
     compile: bool = False
     """Use torch.compile for the transformer's blocks, in training and in editing: fewer and larger steps for the device
     beside the products, for about a minute of compiling at the start. Not measured on a GPU yet."""
+    attention_backend: AttentionBackend = "torch"
+    """Kernel that computes attention, in training and in editing, where it can: torch's own choice, one of torch's (`flash`,
+    `efficient`, `cudnn`), or that of a package (`FA3`: flash-attn-3, `FA4`: flash-attn-4). See docs/training.md."""
     save_every_n_steps: int | None = Field(None, ge=1)
     """Export the LoRA; it is always exported at the end of each stage."""
     save_dtype: DType = "float32"

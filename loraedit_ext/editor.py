@@ -21,6 +21,7 @@ from loraedit_ext.encode import encode_all
 from loraedit_ext.forecast import count_tokens
 from loraedit_ext.pipeline import World, autocast
 from loraedit_ext.sampling import Forward, computed_steps, sample_latents
+from models.attention_backend import attention_backend
 from models.base import TIMESTEPS, I2VModel, release_memory
 from models.eight_bit import multiply_integers
 from models.layers import compile_blocks
@@ -91,7 +92,8 @@ class Editor:
         settings, told = self.config.edit, self.told(job, piece)
         shape = self.model.geometry.latent_shape(len(piece.span), *job.frames.shape[1:3])
         forward = self.forward()
-        latents = sample_latents(self.model, forward, told, shape, settings, self.world, title)
+        with attention_backend(self.config.attention_backend):
+            latents = sample_latents(self.model, forward, told, shape, settings, self.world, title)
         del forward
         generated = regimes.to_pixels(self.model.decode_video(latents)) if self.world.is_main else None
         self.model.free_encoders()

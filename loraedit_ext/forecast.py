@@ -14,7 +14,7 @@ from loraedit_ext.config import ATTENTION, RunConfig, StageSettings
 from loraedit_ext.sampling import computed_steps
 from models.base import Flops, Geometry, I2VModel
 
-BACKWARD = Flops(1.0, 2.5)
+BACKWARD = Flops(1.0, 1.0, 2.5)
 """Work of a backward pass through frozen weights, of fused attention, in that of the forward pass."""
 _UNITS = (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9))
 PACE = 0.5
@@ -34,10 +34,15 @@ def forward(model: I2VModel, shape: tuple[int, int, int]) -> float:
 
 def training_sample(config: RunConfig, model: I2VModel, shape: tuple[int, int, int]) -> float:
     """FLOPs of forward pass, backward pass and recomputation of one sample; the LoRA's own are left out, about a hundredth."""
-    linears, attention = model.flops(count_tokens(model.geometry, shape))
+    work = model.flops(count_tokens(model.geometry, shape))
     again = bool(config.activation_checkpointing)
     attention_again = again and config.activation_checkpointing != ATTENTION
-    return linears * (1 + BACKWARD.linears + again) + attention * (1 + BACKWARD.attention + attention_again)
+    return with_backward(work) + work.linears * again + work.attention * attention_again
+
+
+def with_backward(work: Flops) -> float:
+    """FLOPs of forward and backward pass, with nothing recomputed."""
+    return sum(part * (1 + back) for part, back in zip(work, BACKWARD, strict=True))
 
 
 def training(

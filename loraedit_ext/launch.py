@@ -27,6 +27,7 @@ from loraedit_ext.optim import check_optimizer
 from loraedit_ext.pipeline import World, check_world, distributed, planned_world, together
 from loraedit_ext.preview import Preview, describe_preview, plan_preview
 from loraedit_ext.wan import MaskedWan
+from models.attention_backend import attention_backend, check_backend
 from models.base import I2VModel
 from models.hunyuan.checkpoint import HunyuanCheckpoint
 from models.streaming import streamed_blocks
@@ -103,13 +104,15 @@ def train(config: RunConfig, dry_run: bool = False, cache_only: bool = False) ->
         prepared = prepare(config, world)
         samples = encode_all(prepared.model, prepared.samples(), cache_of(config), config.mask_rule, world)
         if not cache_only:
-            _run(config, world, prepared, samples)
+            with attention_backend(config.attention_backend):
+                _run(config, world, prepared, samples)
 
 
 def prepare(config: RunConfig, world: World) -> Prepared:
     """Check everything that can be checked before time is spent, and print the plan."""
     replicas = check_world(world, config.pipeline_stages)
     check_optimizer(config.optimizer)
+    check_backend(config.attention_backend)
     check_writable(config.output_dir)
     model = build_model(config, world.device)
     job = open_job(config, model)
@@ -180,6 +183,7 @@ def _edit(config: RunConfig, world: World, lora_path: Path | None, out: Path | N
             print(line, flush=True)
 
     plan.check_passes(config.edit, world.size)
+    check_backend(config.attention_backend)
     if config.edit.other_lora:  # the file, so that the record tells which of a folder's LoRAs it was
         found = config.edit.model_copy(update={"other_lora": runs.lora_at(config.edit.other_lora)})
         config = config.model_copy(update={"edit": found})

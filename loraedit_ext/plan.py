@@ -32,9 +32,9 @@ KEPT_ROWS = 27.3
 dtype (benchmarks/activations.md has this and the following ones)."""
 ATTENTION_ROWS = 1.02
 """Rows of attention's result and of what its backward needs beside it."""
-WORKING_ROWS, PIECE_ROWS, INTEGER_ROWS = 15.8, 24.9, 9.0
+WORKING_ROWS, PIECE_ROWS, INTEGER_ROWS = 10.7, 22.5, 13.6
 """Rows alive at the peak of a block's backward: for all tokens, for a piece of them, and more if it multiplies integers."""
-ATTENDING_ROWS = 18.3
+ATTENDING_ROWS = 14.4
 """Rows alive in the backward of attention, which are the most if there are many pieces."""
 PLAIN_ROWS = 7.5
 """The same beside what is kept of the block, if nothing is recomputed."""

@@ -69,9 +69,10 @@ class Geometry:
 
 
 class Flops(NamedTuple):
-    """Floating-point operations of linears and of attention."""
+    """Floating-point operations of linears, apart those at the ends of branches (`OutputLinear`), and of attention."""
 
     linears: float
+    outputs: float
     attention: float
 
 

@@ -22,34 +22,12 @@ from torch import Tensor, nn
 
 from common.errors import UserError, first_line
 from models.checkpoint import Entry, row_pieces
+from models.linears import FrozenProduct, OutputLinear, autocast_dtype, dequantise, placeholder
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 EIGHT_BIT = (*FLOAT8, torch.int8)
 _LARGEST = 127
 _FEWEST_ROWS = 32  # of an integer product on a GPU
-
-
-def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """An 8-bit weight (out, in) in a working dtype, times its scale: one number or one per row, fp32.
-
-    In place: a working dtype holds every 8-bit number, and a product with an fp32 tensor is computed in fp32 and rounded once.
-    """
-    upcast = weight.to(dtype)
-    return upcast if scale is None else upcast.mul_(scale.view(-1, 1))
-
-
-class _Upcast(torch.autograd.Function):
-    """x @ weight^T with the weight upcast for the product only, forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        return F.linear(x, dequantise(weight, scale, x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        weight, scale = ctx.saved_tensors
-        return gradient @ dequantise(weight, scale, gradient.dtype), None, None, None
 
 
 def _rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,15 +49,17 @@ class _IntegerLinear(torch.autograd.Function):
     """x @ weight^T and its gradient by products of 8-bit integers."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, omitted: bool) -> Tensor:
         ctx.save_for_backward(weight, scale)
+        if omitted:
+            return placeholder(x, weight)
         out = _integer_product(x, weight.t()).mul_(scale.view(-1))
         return (out if bias is None else out.add_(bias)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         weight, scale = ctx.saved_tensors
-        return _integer_product(gradient * scale.view(-1), weight).to(gradient.dtype), None, None, None
+        return _integer_product(gradient * scale.view(-1), weight).to(gradient.dtype), None, None, None, None
 
 
 class EightBitLinear(nn.Linear):
@@ -90,26 +70,26 @@ class EightBitLinear(nn.Linear):
 
     Attributes:
         integers: compute products of 8-bit integers.
+        is_output, omitted: as in an `OutputLinear`, whose place this one may have taken.
     """
 
     integers = False
+    omitted = False
 
-    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, is_output: bool = False) -> None:
         super().__init__(in_features, out_features, bias, device="meta")
+        self.is_output = is_output
         self.requires_grad_(False)
         self.register_buffer("scale", None, persistent=False)
         self.register_buffer("upcast", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        with torch.autocast(kind, enabled=False):
+        dtype = autocast_dtype(x)
+        weight, scale = (self.weight, self.scale) if self.upcast is None else (self.upcast, None)
+        multiply = _IntegerLinear if self.integers else FrozenProduct
+        with torch.autocast(x.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.to(dtype)
-            if self.integers:
-                return _IntegerLinear.apply(x.to(dtype), self.weight, self.scale, bias)
-            if self.upcast is not None:
-                return F.linear(x.to(dtype), self.upcast, bias)
-            return _Upcast.apply(x.to(dtype), self.weight, self.scale, bias)
+            return multiply.apply(x.to(dtype), weight, scale, bias, self.omitted)
 
 
 @contextmanager
@@ -180,13 +160,13 @@ def replace_linears(module: nn.Module, prefix: str, pattern: str) -> dict[str, E
     """
     wanted = [
         name for name, child in module.named_modules()
-        if type(child) is nn.Linear and re.fullmatch(pattern, f"{prefix}.{name}")
+        if type(child) in (nn.Linear, OutputLinear) and re.fullmatch(pattern, f"{prefix}.{name}")
     ]
     replaced = {}
     for name in wanted:
         parent, _, leaf = name.rpartition(".")
         old = module.get_submodule(name)
-        new = EightBitLinear(old.in_features, old.out_features, old.bias is not None)
+        new = EightBitLinear(old.in_features, old.out_features, old.bias is not None, type(old) is OutputLinear)
         setattr(module.get_submodule(parent), leaf, new)
         replaced[name] = new
     return replaced

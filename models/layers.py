@@ -17,15 +17,17 @@ from torch.func import functional_call
 
 from common.errors import UserError, first_line
 from common.progress import brief
-from models.blocks import TransformerBlock, computing, recomputed, resident
+from models.blocks import TransformerBlock, computing, resident
+from models.linears import autocast_dtype
 from models.offload import HostInputs
+from models.recompute import recomputed
 
 if TYPE_CHECKING:
     from models.streaming import StreamedBlock
 
 # NCCL has no int16, so bfloat16 goes as bytes, and as int8: uint8 is left to what is an integer itself.
 _VIEW_OF = {torch.float32: torch.int32, torch.bfloat16: torch.int8}
-_MOST_SCORES = 2**26  # of a layer's plain attention: 128 MiB
+_MOST_SCORES = 2**22  # of a head's plain attention: 8 MiB
 _FLOAT_OF = {integer: number for number, integer in _VIEW_OF.items()}
 
 
@@ -51,8 +53,7 @@ def to_autocast(x: Tensor) -> Tensor:
 
     Done once where several linears share an input, or each would keep its own cast for LoRA's gradient.
     """
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return x.to(autocast_dtype(x))
 
 
 @contextmanager
@@ -224,8 +225,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _plain_is_faster(q: Tensor, k: Tensor) -> bool:
     """In bf16 on a CPU, forward and backward together: torch's fused attention takes 1.4 to 3.5 times as long."""
-    scores = q.shape[:-1].numel() * k.shape[-2]
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and scores <= _MOST_SCORES
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] * k.shape[-2] <= _MOST_SCORES
 
 
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

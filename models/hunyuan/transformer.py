@@ -33,6 +33,7 @@ from models.layers import (
     thaw,
     to_autocast,
 )
+from models.linears import OutputLinear
 
 ROPE_THETA = 256.0
 EPS = 1e-6
@@ -99,7 +100,7 @@ class MLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.act = activation
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = OutputLinear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
@@ -266,11 +267,13 @@ class DoubleBlock(TransformerBlock[Conditions]):
         return self._modulation(shared, at).modulate(self.norm(x))
 
     def project(self, normalised: Tensor, shared: Tensors, at: Conditions) -> Tensors:
+        linear = self.txt_attn_qkv if at.rope is None else self.img_attn_qkv
+        return heads(linear(normalised), self.num_heads)
+
+    def turn(self, q: Tensor, k: Tensor, at: Conditions) -> tuple[Tensor, Tensor]:
         if at.rope is None:
-            q, k, v = heads(self.txt_attn_qkv(normalised), self.num_heads)
-            return self.txt_attn_q_norm(q), self.txt_attn_k_norm(k), v
-        q, k, v = heads(self.img_attn_qkv(normalised), self.num_heads)
-        return rotate(self.img_attn_q_norm(q), at.rope), rotate(self.img_attn_k_norm(k), at.rope), v
+            return self.txt_attn_q_norm(q), self.txt_attn_k_norm(k)
+        return rotate(self.img_attn_q_norm(q), at.rope), rotate(self.img_attn_k_norm(k), at.rope)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, at: Conditions) -> Tensor:
         return ragged_attention(q, k, v, at.lengths)
@@ -298,7 +301,7 @@ class SingleBlock(TransformerBlock[Conditions]):
         self.linear1 = nn.Linear(dim, sum(self.widths))
         self.q_norm = RMSNorm(config.head_dim, EPS)
         self.k_norm = RMSNorm(config.head_dim, EPS)
-        self.linear2 = nn.Linear(dim + config.mlp_dim, dim)
+        self.linear2 = OutputLinear(dim + config.mlp_dim, dim)
 
     def pieces(self, x: Tensor, at: Conditions, most: int) -> list[tuple[slice, Conditions]]:
         text = x.shape[1] - at.rope.shape[1]
@@ -314,8 +317,10 @@ class SingleBlock(TransformerBlock[Conditions]):
         return token_modulation(shared, 3, at.preserved).modulate(self.norm(x))
 
     def project(self, normalised: Tensor, shared: Tensors, at: Conditions) -> Tensors:
-        q, k, v = heads(linear_rows(self.linear1, normalised, slice(self.widths[0])), self.num_heads)
-        return rotate(self.q_norm(q), at.rope), rotate(self.k_norm(k), at.rope), v
+        return heads(linear_rows(self.linear1, normalised, slice(self.widths[0])), self.num_heads)
+
+    def turn(self, q: Tensor, k: Tensor, at: Conditions) -> tuple[Tensor, Tensor]:
+        return rotate(self.q_norm(q), at.rope), rotate(self.k_norm(k), at.rope)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, at: Conditions) -> Tensor:
         return ragged_attention(q, k, v, at.lengths)

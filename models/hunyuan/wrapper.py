@@ -100,7 +100,8 @@ class HunyuanI2V(I2VModel):
         config = self.checkpoint.config
         dim, count, depth = config.dim, tokens + TEXT_TOKENS, config.num_double + config.num_single
         weights = 4 * dim**2 + 2 * dim * config.mlp_dim  # that a token meets, in a double and in a single block
-        return Flops(depth * 2 * count * weights, depth * 4 * count**2 * dim)
+        last = depth * dim * config.mlp_dim + config.num_single * dim**2
+        return Flops(2 * count * (depth * weights - last), 2 * count * last, depth * 4 * count**2 * dim)
 
     def build_transformer(self) -> nn.Module:
         with torch.device("meta"):

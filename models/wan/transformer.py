@@ -28,6 +28,7 @@ from models.layers import (
     thaw,
     to_autocast,
 )
+from models.linears import OutputLinear
 from models.wan.config import WanConfig
 
 ROPE_THETA = 10000.0
@@ -53,11 +54,14 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Attention over all video tokens, with rotary position embedding."""
 
-    def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor) -> Tensors:
         """Queries, keys and values of tokens (B, n, D)."""
-        q = rotate(self.heads(self.norm_q(self.q(x))), rope)
-        k = rotate(self.heads(self.norm_k(self.k(x))), rope)
-        return q, k, self.heads(self.v(x))
+        return self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
+
+    def turn(self, q: Tensor, k: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, n, H, d), normalised and rotated."""
+        q, k = self.norm_q(q.flatten(2)), self.norm_k(k.flatten(2))
+        return rotate(self.heads(q), rope), rotate(self.heads(k), rope)
 
 
 class CrossAttention(Attention):
@@ -92,7 +96,7 @@ class FeedForward(nn.Sequential):
         super().__init__(
             nn.Linear(config.dim, config.ffn_dim),
             nn.GELU(approximate="tanh"),
-            nn.Linear(config.ffn_dim, config.dim),
+            OutputLinear(config.ffn_dim, config.dim),
         )
 
 
@@ -113,6 +117,8 @@ class Conditions:
 
 class Block(TransformerBlock[Conditions]):
     """Self-attention, cross-attention and feed-forward, the first and last modulated by the timestep."""
+
+    modulation_vectors = slice(6)
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -138,7 +144,10 @@ class Block(TransformerBlock[Conditions]):
         return to_autocast(self.norm1(x) * (1 + scale) + shift)
 
     def project(self, normalised: Tensor, shared: Tensors, at: Conditions) -> Tensors:
-        return self.self_attn.project(normalised, at.rope)
+        return self.self_attn.project(normalised)
+
+    def turn(self, q: Tensor, k: Tensor, at: Conditions) -> tuple[Tensor, Tensor]:
+        return self.self_attn.turn(q, k, at.rope)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, at: Conditions) -> Tensor:
         return attention(q, k, v)

@@ -86,9 +86,10 @@ class WanI2V(I2VModel):
     def flops(self, tokens: int) -> Flops:
         config = self.checkpoint.config
         dim, image = config.dim, IMAGE_TOKENS if config.reads_image else 0
-        linears = 2 * tokens * (6 * dim**2 + 2 * dim * config.ffn_dim) + 4 * (config.text_len + image) * dim**2
+        outputs = 2 * tokens * dim * config.ffn_dim
+        linears = 2 * tokens * 6 * dim**2 + outputs + 4 * (config.text_len + image) * dim**2
         attention = 4 * tokens * (tokens + config.text_len + image) * dim
-        return Flops(config.num_layers * linears, config.num_layers * attention)
+        return Flops(*(config.num_layers * part for part in (linears, outputs, attention)))
 
     def build_transformer(self) -> nn.Module:
         with torch.device("meta"):

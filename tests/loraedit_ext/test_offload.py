@@ -17,8 +17,9 @@ from common.errors import UserError
 from loraedit_ext import launch, lora, plan
 from loraedit_ext.config import ATTENTION, OFFLOAD, load_config
 from models import offload
-from models.blocks import TransformerBlock, recomputed, slices
+from models.blocks import TransformerBlock, slices
 from models.offload import ON_DEVICE, HostInputs
+from models.recompute import recomputed
 from models.wan.checkpoint import WanCheckpoint
 from models.wan.wrapper import WanI2V
 from tests.conftest import write_edit_folder
@@ -414,10 +415,13 @@ def test_dropout_is_recomputed_with_the_same_chance():
             return x
 
         def project(self, normalised, shared, at):
-            return (self.drop(normalised * self.scale),) * 3
+            return (self.drop(normalised * self.scale).unsqueeze(2),) * 3
+
+        def turn(self, q, k, at):
+            return q * 1, k * 1
 
         def attend(self, q, k, v, at):
-            return q + k + v
+            return (q + k + v).flatten(2)
 
         def finish(self, x, attended, shared, at):
             return self.drop(x) + self.drop(attended)

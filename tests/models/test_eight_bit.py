@@ -11,7 +11,8 @@ from wan_parts import GOLDEN_CONFIG, golden_weights, velocity
 
 from common.errors import UserError
 from models.checkpoint import open_tensors
-from models.eight_bit import EightBitLinear, dequantise, multiply_integers, quantised, replace_linears
+from models.eight_bit import EightBitLinear, multiply_integers, quantised, replace_linears
+from models.linears import dequantise
 from models.wan.checkpoint import WanCheckpoint
 from models.wan.save import write_checkpoint
 from models.wan.wrapper import WanI2V
