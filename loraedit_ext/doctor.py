@@ -21,6 +21,8 @@ PYTHON = (3, 11)
 DEEPSPEED = ("0.19.4", "0.20")
 SMALL_CARD = 24 * GB
 PINNED_PROBE = 4 * GB
+CGROUP = Path("/sys/fs/cgroup")
+"""Where a container finds its own limits."""
 _PROBE_PIECE = 256 << 20
 ATTENTION = {"flash_attn": "flash-attn", "flash_attn_interface": "flash-attn-3", "sageattention": "sageattention",
              "xformers": "xformers"}  # fmt: skip
@@ -189,16 +191,17 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def ram() -> tuple[int | None, int]:
-    """Available and total bytes of RAM; a container's limit counts."""
+    """Available and total bytes of RAM; a container's limit counts, and files that the system only keeps at hand do not."""
     try:
         rows = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     except OSError:
         return None, 0
     available, total = (int(rows[key].split()[0]) * 1024 for key in ("MemAvailable", "MemTotal"))
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    limit, used, stat = (CGROUP / f"memory.{name}" for name in ("max", "current", "stat"))
     if limit.is_file() and (text := limit.read_text().strip()).isdigit() and used.is_file():
+        cached = dict(line.split() for line in stat.read_text().splitlines())["inactive_file"]
         total = min(total, int(text))
-        available = min(available, int(text) - int(used.read_text()))
+        available = min(available, int(text) - int(used.read_text()) + int(cached))
     return available, total
 
 

@@ -106,6 +106,18 @@ def test_the_doctor_finds_this_machine_fit(capsys):
         assert what in out
 
 
+def test_a_containers_limit_counts_and_files_at_hand_do_not(monkeypatch, tmp_path):
+    """As after a checkpoint was read, of which the system keeps what it has no better use for."""
+    available, total = doctor.ram()
+    monkeypatch.setattr(doctor, "CGROUP", tmp_path)
+    assert doctor.ram()[1] == total
+    for name, text in (("max", "4000000"), ("current", "3500000"), ("stat", "anon 900000\ninactive_file 2500000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert doctor.ram() == (3000000, 4000000)
+    (tmp_path / "memory.max").write_text("max")
+    assert doctor.ram()[0] == pytest.approx(available, rel=0.2)
+
+
 def test_every_complaint_has_a_cure(monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
