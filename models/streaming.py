@@ -140,6 +140,22 @@ class Ring:
         self.copied = 0
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    @property
+    def host(self) -> int:
+        """Bytes of host memory."""
+        return sum(len(piece) for pieces in self.blocks for piece in pieces)
+
+    def park(self) -> None:
+        """Free the memory of the buffers, between passes; the blocks' parameters stay views of them."""
+        for buffer in self.buffers:
+            buffer.bytes.untyped_storage().resize_(0)
+            buffer.holds = None
+
+    def unpark(self) -> None:
+        """Undo `park`."""
+        for buffer in self.buffers:
+            buffer.bytes.untyped_storage().resize_(buffer.bytes.nbytes)
+
     def acquire(self, number: int) -> None:
         """Lend a block its buffer, filled."""
         if number == 0:
