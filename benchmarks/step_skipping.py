@@ -108,7 +108,7 @@ class Sampler:
         self.settings, self.model = config.edit, launch.build_model(config, WORLD.device)
         job = launch.open_job(config, self.model)
         editor = Editor(config, self.model, lora.read(train(config), self.model), WORLD, launch.cache_of(config))
-        self.told, self.forward = editor.told(job), editor.forward()
+        self.told, self.forward = editor.told(job), editor.transformers.begin()
         self.shape = self.model.geometry.latent_shape(*job.frames.shape[:3])
 
     def __call__(self, way: Way) -> tuple[np.ndarray, int]:

@@ -8,23 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from common.files import hash_file
 from dataset.cache import LatentCache
 from dataset.job import FIELDS_BEFORE, EditJob
-from loraedit_ext import flow, guidance, lora, masks, pieces, regimes
+from loraedit_ext import guidance, lora, masks, pieces, regimes
 from loraedit_ext.compositing import finished
 from loraedit_ext.config import RunConfig
 from loraedit_ext.encode import encode_all
+from loraedit_ext.experts import Expert, Transformers
 from loraedit_ext.forecast import count_tokens
-from loraedit_ext.pipeline import World, autocast
-from loraedit_ext.sampling import Forward, computed_steps, sample_latents
+from loraedit_ext.pipeline import World
+from loraedit_ext.sampling import computed_steps, sample_latents
 from models.attention_backend import attention_backend
-from models.base import TIMESTEPS, I2VModel, release_memory
-from models.eight_bit import multiply_integers
-from models.layers import compile_blocks
+from models.base import I2VModel
 
 
 @dataclass(frozen=True)
@@ -36,14 +33,6 @@ class Edit:
     generated: np.ndarray
     """uint8 (F, H, W, 3), as the model made them."""
     facts: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Expert:
-    """A transformer with its LoRAs, each with its strength: the only one of a model, or one of Wan2.2's two."""
-
-    model: I2VModel
-    stack: Sequence[tuple[lora.LoraFile, float]]
 
 
 class Editor:
@@ -66,6 +55,7 @@ class Editor:
         self.config, self.model, self.adapter, self.world, self.cache = config, model, adapter, world, cache
         own = Expert(model, [*([(adapter, config.edit.lora_strength)] if adapter else []), *stacked])
         self.experts = [own] if other is None else [own, other] if config.model.expert == "high" else [other, own]
+        self.transformers = Transformers(config, self.experts, world)
 
     def edit(self, job: EditJob) -> Edit:
         """Encode, sample, decode, composite."""
@@ -73,10 +63,13 @@ class Editor:
         planned = pieces.plan(job, self.config.edit.clip_frames, self.model.geometry.temporal_stride)
 
         def generate(piece: regimes.Piece, number: str) -> np.ndarray:
-            return self._generate(job, piece, "editing" if len(planned) == 1 else f"editing piece {number}")
+            title = "editing" if len(planned) == 1 else f"editing piece {number}"
+            return self._generate(job, piece, title, again=piece.span != planned[-1])
 
         settings = self.config.edit
         generated = pieces.edit_all(job, planned, generate, settings.color_match if settings.composite else 0)
+        self.transformers.free()
+        self.model.free_encoders()
         frames = finished(job, generated, settings)
         facts = {
             "seconds": round(time.perf_counter() - started, 2),
@@ -87,16 +80,19 @@ class Editor:
         }
         return Edit(frames, generated, facts)
 
-    def _generate(self, job: EditJob, piece: regimes.Piece, title: str) -> np.ndarray:
-        """The frames of a piece, uint8 (F, H, W, 3); the device holds the encoders or the transformer, never both."""
+    def _generate(self, job: EditJob, piece: regimes.Piece, title: str, again: bool) -> np.ndarray:
+        """The frames of a piece, uint8 (F, H, W, 3); the device holds the encoders or the transformer, never both.
+
+        Args:
+            again: another piece follows.
+        """
         settings, told = self.config.edit, self.told(job, piece)
         shape = self.model.geometry.latent_shape(len(piece.span), *job.frames.shape[1:3])
-        forward = self.forward()
+        forward = self.transformers.begin(again)
         with attention_backend(self.config.attention_backend):
             latents = sample_latents(self.model, forward, told, shape, settings, self.world, title)
-        del forward
+        self.transformers.end()
         generated = regimes.to_pixels(self.model.decode_video(latents)) if self.world.is_main else None
-        self.model.free_encoders()
         return self.world.broadcast(generated)
 
     def told(self, job: EditJob, piece: regimes.Piece | None = None) -> list[guidance.Told]:
@@ -105,45 +101,6 @@ class Editor:
         passes = guidance.passes(job, self.config.edit, rule, piece=piece)
         samples = [each.sample for each in passes]
         return guidance.told(passes, encode_all(self.model, samples, self.cache, rule, self.world))
-
-    def forward(self) -> Forward:
-        """The whole transformer on this device; of two experts the one for the noise level, once the other is freed."""
-        settings = self.config.edit
-        loaded = self._expert_at(flow.inference_sigmas(settings.steps, settings.shift, settings.sampler)[0] * TIMESTEPS)
-        layers = self._load_transformer(loaded).layers()
-        dtype = getattr(torch, self.config.model.dtype)
-
-        def forward(inputs: tuple[Tensor, ...], _number: int) -> Tensor:
-            nonlocal loaded, layers
-            if (expert := self._expert_at(inputs[1][0])) is not loaded:
-                layers = []
-                release_memory()
-                loaded, layers = expert, self._load_transformer(expert).layers()
-            stream: Any = inputs
-            with autocast(self.world.device, dtype):
-                for layer in layers:
-                    stream = layer(stream)
-            return stream
-
-        return forward
-
-    def _expert_at(self, timestep: Tensor) -> Expert:
-        high = len(self.experts) == 1 or timestep.item() >= (self.config.edit.boundary or 0.0) * TIMESTEPS
-        return self.experts[0 if high else 1]
-
-    def _load_transformer(self, expert: Expert) -> nn.Module:
-        config = self.config
-        transformer = expert.model.build_transformer()
-        layers = transformer.layers()
-        dtype, linears = config.model.storage
-        expert.model.load_weights(layers, dtype, self.world.device, linears, config.blocks_to_swap)
-        if expert.stack:
-            lora.attach(transformer, layers, lora.combine(expert.stack), self.world.device)
-        if config.model.int8_matmul:
-            multiply_integers(layers, self.world.device)
-        if config.compile:
-            compile_blocks(layers, self.world.device)
-        return transformer.eval()
 
 
 def _lora_facts(expert: Expert, each: lora.LoraFile, strength: float) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from models.streaming import streamed_blocks
 from models.wan.checkpoint import WanCheckpoint
 
 if TYPE_CHECKING:
-    from loraedit_ext.editor import Expert
+    from loraedit_ext.experts import Expert
 
 MAX_AREA = 832 * 480
 """Pixels of a frame beyond which the default size is scaled down: what 480P models were trained on."""
@@ -223,7 +223,8 @@ def _stacked(config: RunConfig, model: I2VModel, say: Say) -> list[tuple[lora.Lo
 
 def _other_expert(config: RunConfig, job: EditJob, device: torch.device, say: Say) -> Expert:
     """The expert of Wan2.2 that `model.expert` does not name, with its LoRAs."""
-    from loraedit_ext.editor import Expert, check_lora
+    from loraedit_ext.editor import check_lora
+    from loraedit_ext.experts import Expert
 
     name = "low" if config.model.expert == "high" else "high"
     changes = {"expert": name, "transformer_path": config.edit.other_transformer_path}

@@ -124,6 +124,8 @@ class I2VModel(ABC):
     """Frames per second of the videos that the released weights were trained on."""
     trained_frames: ClassVar[int]
     """Frames of the longest of them."""
+    encoding_room: ClassVar[float]
+    """Bytes of host memory that the encoders may take, on their way to the device or where it has no room for them."""
     geometry: Geometry
 
     def __init__(

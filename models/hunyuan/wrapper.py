@@ -44,6 +44,7 @@ class HunyuanI2V(I2VModel):
     kept_in_fp32 = ("norm",)
     large_linears = lora_targets
     trained_fps, trained_frames = 24, 129
+    encoding_room = 20e9  # LLaVA, which each piece needs, has 16 and is read into host memory first
     geometry = Geometry()
     checkpoint: HunyuanCheckpoint
 

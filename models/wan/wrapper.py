@@ -33,6 +33,7 @@ class WanI2V(I2VModel):
     kept_in_fp32 = ("norm", "modulation")
     large_linears = r"blocks\.\d+\.(self_attn\.[qkvo]|cross_attn\.([qkvo]|k_img|v_img)|ffn\.[02])"
     trained_fps, trained_frames = 16, 81
+    encoding_room = 8e9  # the VAE, if it works on the CPU; umT5 stays in its file's pages there
     geometry = Geometry()
     checkpoint: WanCheckpoint
 
