@@ -75,8 +75,8 @@ def _decode(path: Path) -> np.ndarray:
         data = np.fromfile(path, np.uint8)
     except OSError as error:
         raise UserError(f"{path}: could not be read ({error.strerror}), expected a picture.") from error
-    # IMREAD_UNCHANGED ignores EXIF and keeps alpha; a JPEG has EXIF and no alpha.
-    jpeg = path.suffix.lower() in {".jpg", ".jpeg"}
+    # IMREAD_UNCHANGED ignores EXIF and keeps alpha; a JPEG has EXIF and no alpha, whatever its name ends in.
+    jpeg = data[:3].tobytes() == b"\xff\xd8\xff"
     image = cv2.imdecode(data, cv2.IMREAD_COLOR if jpeg else cv2.IMREAD_UNCHANGED) if data.size else None
     if image is None or (image.ndim == 3 and image.shape[2] not in (3, 4)):
         found = "unreadable or truncated" if data.size else "empty"

@@ -199,6 +199,22 @@ def test_transparent_pictures_are_refused(tmp_path):
         read_images(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_a_jpeg_is_turned_upright_under_any_name(tmp_path, name):
+    data = cv2.imencode(".jpg", np.tile(np.uint8([[[40], [200]]]), (24, 16, 1)).repeat(3, 2))[1].tobytes()
+    turned = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    tag = b"\xff\xe1" + (len(turned) + 2).to_bytes(2, "big") + turned
+    (tmp_path / name).write_bytes(data[:2] + tag + data[2:])
+    assert read_images(tmp_path).frames.shape == (1, 32, 24, 3)
+
+
+def test_a_transparent_picture_called_jpg_is_no_opaque_one(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((8, 8, 4), np.uint8))
+    (tmp_path / "a.png").rename(tmp_path / "a.jpg")
+    with pytest.raises(UserError, match="transparent"):
+        read_images(tmp_path)
+
+
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".tif"])
 def test_a_cut_picture_is_an_error(tmp_path, suffix):
     path = write_picture(tmp_path / f"a{suffix}", picture_frames(1)[0])
