@@ -42,8 +42,7 @@ def chosen(values: Mapping[str, Any]) -> dict[str, Any]:
 def read_toml(path: Path) -> dict[str, Any]:
     """Parse a TOML file; a missing or malformed file is a `UserError` that names it."""
     try:
-        with open(path, "rb") as file:
-            return tomllib.load(file)
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # editors on Windows write a byte order mark
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file. Give the path of an existing TOML file.") from error
     except IsADirectoryError as error:

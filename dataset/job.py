@@ -263,7 +263,7 @@ class _Loader:
         if settings.caption_file is None:
             return settings.caption or fallback
         try:
-            text = " ".join(settings.caption_file.read_text(encoding="utf-8").split())
+            text = " ".join(settings.caption_file.read_text(encoding="utf-8-sig").split())
         except (OSError, UnicodeDecodeError) as error:
             self._fail(f"`caption_file` = {settings.caption_file}: could not be read as UTF-8 text: {error}.")
             return fallback

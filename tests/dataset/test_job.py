@@ -354,6 +354,13 @@ def test_mistakes_in_the_toml(folder, text, message):
     assert "street.toml" in told
 
 
+def test_a_byte_order_mark_as_some_editors_write_it_says_nothing(folder):
+    text = BASE.replace('caption = "a street"', 'caption_file = "words.txt"')
+    (folder / "street.toml").write_text(text, encoding="utf-8-sig")
+    (folder / "words.txt").write_text("a street", encoding="utf-8-sig")
+    assert load_job(folder / "street.toml", GRID).caption == "a street"
+
+
 def test_missing_toml(tmp_path):
     with pytest.raises(UserError, match=r"gone\.toml: no such file"):
         load_job(tmp_path / "gone.toml", GRID)
