@@ -72,6 +72,8 @@ def _describe(kind: type[Settings], problem: Any) -> str:
         return f"unknown key `{key}`; {_hint(str(location[-1]), _table_at(kind, location[:-1]))}"
     if problem["type"] == "missing":
         return f"missing key `{key}`; it is required."
+    if problem["type"] in ("list_type", "tuple_type") and isinstance(problem["input"], dict):
+        return f"`{key}`: is one table, expected a list of them: write [[{key}]]."
     text = problem["msg"].removeprefix("Value error, ")
     value = "(not shown)" if key.endswith(SECRET_KEYS) else repr(problem["input"])
     where = f"`{key}` = {value}" if key else "the file as a whole"

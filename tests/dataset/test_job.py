@@ -346,6 +346,7 @@ def test_identity_follows_bytes_under_the_same_names(folder):
         (BASE + '[[edited_frame]]\nimage = "edit0.png"', "exactly one of `frame`"),
         (BASE + '[[edited_frame]]\nimage = "edit0.png"\nframe = 0\ntime = 0.5', "exactly one of `frame`"),
         ("source = ", "not valid TOML"),
+        (BASE + '[edited_frame]\nimage = "edit0.png"\nframe = 0', "one table, expected a list of them: write [[edited_frame]]"),
     ],
 )
 def test_mistakes_in_the_toml(folder, text, message):
