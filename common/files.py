@@ -43,6 +43,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def placed(path: Path, folder: Path) -> Path:
+    """A path that a person wrote, `~` and all, relative to `folder`.
+
+    Raises:
+        UserError: it begins with a home folder that nobody has.
+    """
+    try:
+        return folder / path.expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: no such home folder, expected ~ or ~USER. Write the whole path.") from error
+
+
 def make_folder(path: Path, cure: str = "Choose another place.") -> None:
     """Make a folder and those above it, unless they are there.
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, StringConstraints, model_validator
 
+from common.files import placed
 from common.settings import Settings, load_settings, read_toml
 
 S = TypeVar("S", bound=Settings)
@@ -111,5 +112,5 @@ def load_job_settings(path: Path, overrides: dict[str, Any] | None = None) -> Jo
 
 
 def _absolute(settings: S, folder: Path) -> S:
-    paths = {key: folder / value.expanduser() for key, value in settings if isinstance(value, Path)}
+    paths = {key: placed(value, folder) for key, value in settings if isinstance(value, Path)}
     return settings.model_copy(update=paths)

@@ -17,6 +17,7 @@ import torch
 from pydantic import ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator
 
 from common.errors import UserError
+from common.files import placed
 from common.settings import Settings, load_settings, read_toml
 from loraedit_ext import diffusion_pipe
 from loraedit_ext.flow import SamplerName, TimestepMethod
@@ -506,13 +507,13 @@ def _resolve_paths(config: RunConfig, base: Path) -> RunConfig:
     for table_name, table in ((None, config), ("model", config.model), ("adapter", config.adapter),
                               ("edit", config.edit), ("evaluation", config.evaluation)):
         paths = {
-            name: Path(os.path.normpath(base / value.expanduser())) for name in type(table).model_fields
+            name: Path(os.path.normpath(placed(value, base))) for name in type(table).model_fields
             if isinstance(value := getattr(table, name), Path)
         }
         if table_name is None:
             changes |= paths
         else:
             changes[table_name] = table.model_copy(update=paths)
-    stacked = [extra.model_copy(update={"path": base / extra.path.expanduser()}) for extra in config.edit.lora]
+    stacked = [extra.model_copy(update={"path": placed(extra.path, base)}) for extra in config.edit.lora]
     changes["edit"] = changes["edit"].model_copy(update={"lora": stacked})
     return config.model_copy(update=changes)

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from common.errors import ErrorCollector, UserError
+from common.files import placed
 from common.progress import progress
 from common.settings import Settings, load_settings, read_toml
 from loraedit_ext import cli, sweep_results
@@ -136,7 +137,7 @@ def load_sweep(path: Path, overrides: Mapping[str, Any] | None = None) -> SweepS
 
 
 def _absolute(base: Path, path: Path) -> Path:
-    return Path(os.path.normpath(base / path.expanduser()))
+    return Path(os.path.normpath(placed(path, base)))
 
 
 def combinations(settings: SweepSettings) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from fractions import Fraction
 from itertools import pairwise
@@ -353,6 +354,12 @@ def test_mistakes_in_the_toml(folder, text, message):
     told = error_of(folder, text)
     assert message in told
     assert "street.toml" in told
+
+
+@pytest.mark.parametrize("key", ["source", "mask", "image"])
+def test_a_home_that_nobody_has(folder, key):
+    text = re.sub(f'{key} = "[^"]*"', f'{key} = "~nobody-of-this-name/x.png"', BASE + EDITS)
+    assert "~nobody-of-this-name/x.png: no such home folder" in error_of(folder, text)
 
 
 def test_a_byte_order_mark_as_some_editors_write_it_says_nothing(folder):

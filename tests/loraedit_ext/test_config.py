@@ -15,6 +15,12 @@ def test_paths_are_relative_to_the_toml(edit_folder):
     assert config.dataset == edit_folder.path / "job.toml"
 
 
+@pytest.mark.parametrize("override", ["output_dir=~nobody-of-this-name/runs", "edit.lora=[{path='~nobody-of-this-name/x'}]"])
+def test_a_home_that_nobody_has_is_told(edit_folder, override):
+    with pytest.raises(UserError, match=r"~nobody-of-this-name/.*: no such home folder"):
+        load_config(edit_folder.config, [override])
+
+
 def test_defaults_are_the_papers(edit_folder):
     config = load_config(edit_folder.config, ["adapter=None", "optimizer=None", "edit=None"])
     assert (config.adapter.rank, config.optimizer.lr, config.gradient_clipping) == (16, 1e-4, 1.0)
