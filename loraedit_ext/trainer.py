@@ -227,10 +227,11 @@ class Trainer:
         if self._due(self.config.eval_every_n_steps):
             self.evaluate()
         reason = "signal file" if signal == "save_quit" else self._out_of_patience()
-        if self._due_checkpoint() or signal or reason:
-            self.save_state()
+        # The state comes last: a run that is resumed from it does not come back to what was due before.
         if self._due(self.config.save_every_n_steps) or self._stage_ends() or signal or reason:
             self.export()
+        if self._due_checkpoint() or signal or reason:
+            self.save_state()
         if self._due(self.config.sample_every_n_steps):
             self.render_preview()
         return reason

@@ -18,6 +18,7 @@ from loraedit_ext import launch, metrics, plan, state
 from loraedit_ext import run as runs
 from loraedit_ext.config import load_config
 from loraedit_ext.pipeline import World
+from loraedit_ext.trainer import Trainer
 
 
 def train(folder, *overrides):
@@ -339,6 +340,27 @@ def test_a_checkpoint_of_another_rank_is_refused(edit_folder):
     train(edit_folder)
     with pytest.raises(UserError, match="another model or rank"):
         train(edit_folder, "resume_from_checkpoint=true", "adapter.rank=8")
+
+
+@pytest.mark.parametrize("last", ["export", "save_state"])
+def test_a_run_that_was_killed_between_its_last_lora_and_state_has_both_when_it_is_resumed(edit_folder, monkeypatch, last):
+    """It once said that nothing was left and named a LoRA that was not there; the edit took an older one."""
+    write = getattr(Trainer, last)
+
+    def killed(trainer):
+        if trainer.step == 6:
+            raise KeyboardInterrupt
+        write(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, last, killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(edit_folder)
+    train(edit_folder, "resume_from_checkpoint=true")
+    train(edit_folder)
+    resumed, whole = edit_folder.runs()
+    assert (resumed / "latest").read_text() == "global_step6\n"
+    assert_same(lora_of(resumed, 6), lora_of(whole, 6))
 
 
 def test_training_and_editing_over_8_bit_storage(edit_folder):
