@@ -161,6 +161,10 @@ class Trainer:
             there = folder.parent / f"step{facts['step']}" / lora.EXPORT_NAME
             raise UserError(f"{folder}: is at step {facts['step']}, and the stages end at step {self.total}: nothing is left "
                             f"to train. To edit with what was learned until then: inference.py --lora {there}")  # fmt: skip
+        mine = type(self.optimizer).__name__
+        if (theirs := facts.get("optimizer", mine)) != mine:
+            raise UserError(f"{folder}: holds the state of optimizer {theirs}, this run has {mine}, which cannot use it. "
+                            "Set that optimizer.type, or start a new run from the LoRA: adapter.init_from_existing.")
         state.load(folder, self._weights_by_layer(), self.optimizer)
         return facts["step"]
 
@@ -306,7 +310,10 @@ class Trainer:
 
     def save_state(self) -> None:
         """Full training state, resumable on any number of stages and replicas."""
-        facts = {"model": self.model.describe(), "rank": self.config.adapter.rank, "seed": self.config.seed}
+        facts = {
+            "model": self.model.describe(), "rank": self.config.adapter.rank, "seed": self.config.seed,
+            "optimizer": type(self.optimizer).__name__,
+        }  # fmt: skip
         state.save(
             self.run, self.step, self._weights_by_layer(), self.optimizer, self.engine.replica == 0, self.world, facts
         )

@@ -336,10 +336,12 @@ def test_nothing_to_resume_is_told_with_what_is_there(edit_folder):
         train(edit_folder, f"resume_from_checkpoint={run}")
 
 
-def test_a_checkpoint_of_another_rank_is_refused(edit_folder):
+def test_a_checkpoint_of_another_rank_or_optimizer_is_refused(edit_folder):
     train(edit_folder)
     with pytest.raises(UserError, match="another model or rank"):
         train(edit_folder, "resume_from_checkpoint=true", "adapter.rank=8")
+    with pytest.raises(UserError, match=r"global_step6: .* optimizer AdamW, this run has SGD.*init_from_existing"):
+        train(edit_folder, "resume_from_checkpoint=true", "optimizer.type=sgd")
 
 
 @pytest.mark.parametrize("last", ["export", "save_state"])
