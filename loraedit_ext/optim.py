@@ -24,12 +24,16 @@ def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSetti
     """An optimizer from torch.optim, bitsandbytes or pytorch_optimizer, by its type's name.
 
     Raises:
-        UserError: unknown type, or an argument that it does not take.
+        UserError: unknown type or one that cannot train here, or an argument that it does not take.
     """
     kind = find_optimizer(settings.type)
     arguments = dict(settings.arguments)
     if settings.type.lower() == "adamw":
         arguments = ADAMW_DEFAULTS | arguments
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure and closure.default is inspect.Parameter.empty:
+        raise UserError(f"optimizer.type = {settings.type!r}: {kind.__name__} asks for the loss several times a step, which is "
+                        "computed once here. Choose another, e.g. adamw.")  # fmt: skip
     known = inspect.signature(kind).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
     for name in arguments:
@@ -37,7 +41,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSetti
             raise UserError(f"optimizer.{name}: {kind.__name__} takes no such argument; it takes {', '.join(known)}.")
     try:
         return kind(list(parameters), lr=settings.lr, **{k: _tuple(v) for k, v in arguments.items()})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, IndexError) as error:
         raise UserError(f"[optimizer] type = {settings.type!r}: {error}") from error
 
 

@@ -91,6 +91,8 @@ def test_training_ends_with_a_clear_message(edit_folder, capsys, name):
     (["optimizer.type=adamm"], "did you mean"),
     (["optimizer.type=adamw_optimi"], "use 'adamw'"),
     (["optimizer.weight_decy=0.1"], "takes no such argument"),
+    (["optimizer.type=lbfgs"], "LBFGS asks for the loss several times a step"),
+    (["optimizer.betas=[0.9]"], "[optimizer] type = 'adamw'"),
     (["output_dir=edit.toml/runs"], "is a file"),
 ])
 def test_what_would_end_a_run_late_ends_the_dry_run(edit_folder, capsys, overrides, words):
