@@ -115,6 +115,7 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     check_backend(config.attention_backend)
     check_writable(config.output_dir)
     model = build_model(config, world.device)
+    _check_beginning(config, model)
     job = open_job(config, model)
     stages = plan.stages(config, job)
     triples = plan.triples(job, stages)
@@ -130,6 +131,13 @@ def prepare(config: RunConfig, world: World) -> Prepared:
         if prepared.preview:
             print(describe_preview(prepared.preview, config, job, model), flush=True)
     return prepared
+
+
+def _check_beginning(config: RunConfig, model: I2VModel) -> None:
+    """Refuse a state or a LoRA to begin with that is not there, before anything is encoded or loaded."""
+    runs.to_resume(config)
+    if existing := config.adapter.init_from_existing:
+        lora.check_model(lora.read(existing, model), model)
 
 
 def this_machine(world: World) -> plan.Machine:

@@ -88,10 +88,12 @@ def find(run: Path) -> Path:
     Raises:
         UserError: there is none; the message lists what is there.
     """
+    if not run.is_dir():
+        raise UserError(f"{run}: no such folder, expected a run to resume, or a global_stepN in one. Give an existing one.")
     latest = run / LATEST
     folder = run / latest.read_text().strip() if latest.is_file() else None
     if folder is None or not (folder / "state.json").is_file():
-        there = sorted(p.name for p in run.glob("*step*")) if run.is_dir() else []
+        there = sorted(p.name for p in run.glob("*step*"))
         raise UserError(
             f"{run}: nothing to resume: {'no file `latest`' if folder is None else f'{folder.name} is not whole'}. "
             f"Found: {', '.join(there) or 'no checkpoint'}. "
