@@ -71,7 +71,7 @@ def encode_all(
     """
     identities = {triple.name: identity(model, triple, rule) for triple in triples}
     if world.is_main:
-        missing = [triple for triple in triples if identities[triple.name] not in cache]
+        missing = [triple for triple in triples if cache.get(identities[triple.name]) is None]
         if missing:
             check_writable(cache.folder)
         with progress(len(missing), "encoding", unit="sample") as bar:

@@ -10,7 +10,7 @@ from fractions import Fraction
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from common.errors import UserError
 from dataset.images import read_image, write_png
@@ -230,6 +230,18 @@ def test_new_pixels_under_the_same_name_are_encoded_again(edit_folder):
     train(edit_folder)
     new = set((edit_folder.path / "cache").rglob("*.safetensors")) - entries
     assert len(new) == 1  # the appearance sample alone
+
+
+def test_a_damaged_cache_entry_is_encoded_again_in_the_same_run(edit_folder):
+    """It ended the run, which blamed another machine's disk."""
+    train(edit_folder, "sample_every_n_steps=6")
+    entries = sorted((edit_folder.path / "cache").rglob("*.safetensors"))
+    whole = [load(entry.read_bytes()) for entry in entries]
+    for entry in entries:
+        entry.write_bytes(entry.read_bytes()[:-100])
+    train(edit_folder, "sample_every_n_steps=6")
+    for entry, tensors in zip(entries, whole, strict=True):
+        assert_same(load_file(entry), tensors)
 
 
 def test_a_dry_run_writes_nothing(edit_folder, capsys):
