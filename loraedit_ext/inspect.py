@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from loraedit_ext import cli, lora, state
-from loraedit_ext.run import CONFIG_COPY
+from loraedit_ext import run as runs
 from loraedit_ext.transformers_on_disk import STEMS, open_transformer
 from models.checkpoint import Tensors, guess_content, open_tensors, read_config
 from models.hunyuan.checkpoint import HunyuanCheckpoint
@@ -52,8 +52,8 @@ def describe(path: Path) -> list[str]:
         return describe_checkpoint(path)
     if path.is_dir() and any((path / name).is_file() for name in lora.FILE_NAMES):
         return describe_lora(path)
-    if path.is_dir() and (runs := sorted(child.parent for child in path.glob(f"*/{_METRICS}"))):
-        return [f"folder      {path}", f"what        {len(runs)} runs; the newest:", *describe_run(runs[-1])]
+    if path.is_dir() and (found := sorted((child.parent for child in path.glob(f"*/{_METRICS}")), key=runs.age)):
+        return [f"folder      {path}", f"what        {len(found)} runs; the newest:", *describe_run(found[-1])]
     tensors = open_tensors(path, (*STEMS, "model", "pytorch_model"))
     if any("lora_" in name or name.endswith((".diff", ".diff_b")) for name in tensors):
         return describe_lora(path)
@@ -192,8 +192,8 @@ def _square_norm(a: Tensor, b: Tensor) -> float:
 def describe_run(path: Path) -> list[str]:
     """A run's folder: how far it came, what can be resumed, what was exported."""
     lines = [f"folder      {path}", "what        a run of train.py"]
-    if (path / CONFIG_COPY).is_file():
-        saved = read_config(path / CONFIG_COPY)
+    if (path / runs.CONFIG_COPY).is_file():
+        saved = read_config(path / runs.CONFIG_COPY)
         config, job = saved.get("config") or {}, saved.get("job") or {}
         model, adapter = config.get("model") or {}, config.get("adapter") or {}
         lines.append(f"job         {job.get('name', 'unknown')}, trigger {job.get('trigger', 'unknown')}")

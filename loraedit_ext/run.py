@@ -28,6 +28,11 @@ def create(output_dir: Path) -> Path:
     return folder
 
 
+def age(run: Path) -> tuple[bool, str]:
+    """Sort key of run folders, the newest last; one that a person named is older than all that are named by their time."""
+    return bool(re.fullmatch(r"\d{8}_\d\d-\d\d-\d\d(_v\d+)?", run.name)), run.name
+
+
 def to_resume(config: RunConfig) -> Path | None:
     """The full state to resume from, or None for a new run.
 
@@ -38,7 +43,7 @@ def to_resume(config: RunConfig) -> Path | None:
     if not wanted:
         return None
     if wanted is True:
-        runs = sorted(path.parent for path in config.output_dir.glob(f"*/{state.LATEST}"))
+        runs = sorted((path.parent for path in config.output_dir.glob(f"*/{state.LATEST}")), key=age)
         if not runs:
             raise UserError(f"{config.output_dir}: no run to resume in it: no folder holds a file `{state.LATEST}`.")
         return state.find(runs[-1])
@@ -115,4 +120,4 @@ def newest_lora(output_dir: Path) -> Path:
             f"{output_dir}: no trained LoRA in it (looked for */stepN/{lora.EXPORT_NAME}). "
             "Train first, or give --lora FILE."
         )
-    return max(found, key=lambda path: (path.parent.parent.name, int(path.parent.name.removeprefix("step"))))
+    return max(found, key=lambda path: (age(path.parent.parent), int(path.parent.name.removeprefix("step"))))

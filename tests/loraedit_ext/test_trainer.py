@@ -14,7 +14,7 @@ from safetensors.torch import load, load_file
 
 from common.errors import UserError
 from dataset.images import read_image, write_png
-from loraedit_ext import launch, metrics, plan, state
+from loraedit_ext import inspect, launch, metrics, plan, state
 from loraedit_ext import run as runs
 from loraedit_ext.config import load_config
 from loraedit_ext.pipeline import World
@@ -354,6 +354,18 @@ def test_a_checkpoint_of_another_rank_or_optimizer_is_refused(edit_folder):
         train(edit_folder, "resume_from_checkpoint=true", "adapter.rank=8")
     with pytest.raises(UserError, match=r"global_step6: .* optimizer AdamW, this run has SGD.*init_from_existing"):
         train(edit_folder, "resume_from_checkpoint=true", "optimizer.type=sgd")
+
+
+def test_a_run_that_a_person_named_is_not_the_newest(edit_folder, capsys):
+    train(edit_folder)
+    (first,) = edit_folder.runs()
+    first.rename(first.with_name("good one"))
+    train(edit_folder)
+    newest = edit_folder.runs()[0]
+    assert runs.newest_lora(edit_folder.path / "runs") == newest / "step6" / "adapter_model.safetensors"
+    assert runs.to_resume(load_config(edit_folder.config, ["resume_from_checkpoint=true"])) == newest / "global_step6"
+    assert inspect.main([str(edit_folder.path / "runs")]) == 0
+    assert f"2 runs; the newest:\nfolder      {newest}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("last", ["export", "save_state"])
