@@ -41,18 +41,25 @@ def read_evaluation(options: argparse.Namespace) -> EvaluationSettings:
 
 
 def guarded(action: Callable[[], None], traceback: bool) -> int:
-    """Run a verb; a user error, or a GPU without enough memory, becomes one message and exit status 2."""
+    """Run a verb; what a user or the machine's owner can cure becomes one message and exit status 2."""
     try:
         action()
-    except (UserError, torch.OutOfMemoryError) as error:
+    except (UserError, torch.OutOfMemoryError, PermissionError) as error:
         if traceback:
             raise
-        print(f"error: {error if isinstance(error, UserError) else _out_of_memory(error)}", file=sys.stderr)
+        print(f"error: {_told(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; checkpoints and exports written so far are whole.", file=sys.stderr)
         return 130
     return 0
+
+
+def _told(error: UserError | torch.OutOfMemoryError | PermissionError) -> str:
+    if isinstance(error, PermissionError):
+        return (f"{error.filename or 'a file'}: may not be read or written ({error.strerror}). Change its permissions, or "
+                "those of the folders above it, or name another.")  # fmt: skip
+    return _out_of_memory(error) if isinstance(error, torch.OutOfMemoryError) else str(error)
 
 
 def _out_of_memory(error: torch.OutOfMemoryError) -> str:

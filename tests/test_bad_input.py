@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -176,8 +179,6 @@ def test_inference_without_a_lora_or_with_a_foreign_one(edit_folder, tmp_path, c
 
 def test_a_full_disk_loses_nothing(edit_folder, capsys, monkeypatch):
     """The export fails for lack of space: the message names the file, and the checkpoint before is whole."""
-    import errno
-
     from safetensors import torch as safetensors_torch
 
     assert train.main(["--config", str(edit_folder.config), "stage=[{name='motion', steps=2, mix={motion=1}}]"]) == 0
@@ -216,6 +217,16 @@ def test_a_gpu_without_enough_memory_is_told_with_what_helps(edit_folder, capsys
     assert "PYTORCH_X" not in error
     with pytest.raises(torch.OutOfMemoryError):
         train.main(["--config", str(edit_folder.config), "--traceback"])
+
+
+def test_what_may_not_be_read_is_told_without_a_traceback(edit_folder, capsys, monkeypatch):
+    """Not by a real folder: tests may run as a user who may read everything."""
+    def closed(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    assert train.main(["--config", str(edit_folder.config), "--dry_run"]) == 2
+    assert f"error: {edit_folder.path / 'source'}: may not be read or written (Permission denied)" in capsys.readouterr().err
 
 
 def test_the_traceback_flag_shows_where_it_came_from(edit_folder):
