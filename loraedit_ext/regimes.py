@@ -99,10 +99,10 @@ def within(picture: np.ndarray, source: np.ndarray, preserve: np.ndarray) -> np.
 
 
 def left_out(job: EditJob) -> list[str]:
-    """One line for each edited picture of whose changes `keep_outside` leaves out more than a little, or all.
+    """One line for each edited picture of whose changes `keep_outside` leaves out more than a little, or that has none.
 
     Raises:
-        UserError: a picture changes something, but its frame's mask is empty, so that all would be left out.
+        UserError: a picture changes something, but nothing of that is in its frame's mask, so that all would be left out.
     """
     return [line for edited in job.edited_frames if job.keep_outside and (line := _left_out(job, edited))]
 
@@ -111,14 +111,17 @@ def _left_out(job: EditJob, edited: EditedFrame) -> str | None:
     preserve = preserve_mask(job)[edited.index].numpy()
     change = difference.left_out(job.frames[edited.index], edited.image, preserve)
     name = f"{job.name}: edited frame {edited.index}"
-    if change.touched.any() and preserve.all():
+    if change.share == 1:
         raise UserError(
-            f"{edited.path}: changes {change.touched.mean():.0%} of frame {edited.index}, but {job.mask} marks nothing in "
-            "that frame, so nothing of the picture would be used. Paint the region white in that frame too; if nothing is to "
-            f"change there, give the source's own frame; or set keep_outside = false in job {job.name} to take it whole."
+            f"{edited.path}: changes {change.touched.mean():.0%} of frame {edited.index}, but {job.mask} marks nothing "
+            f"{'in that frame' if preserve.all() else 'of that'}, so nothing of the picture would be used. Paint the region "
+            "white in that frame too (white = edit, black = keep); if nothing is to change there, give the source's own frame; "
+            f"or set keep_outside = false in job {job.name} to take it whole."
         )
     if preserve.all():  # it may differ by less than counts as a change
         return f"{name}: nothing of {edited.path.name} is used, as the mask marks nothing in that frame."
+    if not change.touched.any():
+        return f"{name}: {edited.path.name} shows hardly any change of the source's frame; is it the edit of that frame?"
     if change.share <= difference.LITTLE:
         return None
     return (f"{name}: {change.share:.0%} of what {edited.path.name} changes lies outside the mask and is left out; "

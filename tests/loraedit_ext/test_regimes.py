@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -148,6 +149,19 @@ def test_an_edit_is_never_lost_to_an_empty_mask(edit_folder):
     write_png(edit_folder.path / "edited_0.png", read_image(edit_folder.path / "source" / "000.png") + np.uint8(1))
     (line,) = regimes.left_out(load_job(edit_folder.job, Grid()))
     assert "edited frame 0: nothing of edited_0.png is used" in line
+
+
+def test_an_edit_is_never_lost_to_an_inverted_mask(edit_folder):
+    path = edit_folder.path / "mask" / "000.png"
+    write_png(path, 255 - cv2.dilate(read_image(path), np.ones((9, 9), np.uint8)))
+    with pytest.raises(UserError, match=r"edited_0\.png: changes .* frame 0, but .*mask marks nothing of that.*white = edit"):
+        regimes.left_out(load_job(edit_folder.job, Grid()))
+
+
+def test_a_picture_that_nobody_edited_is_told(edit_folder):
+    write_png(edit_folder.path / "edited_6.png", read_image(edit_folder.path / "source" / "006.png"))
+    (line,) = regimes.left_out(load_job(edit_folder.job, Grid()))
+    assert "edited frame 6: edited_6.png shows hardly any change" in line
 
 
 def test_pixels_survive_the_way_to_unit_and_back(job):
