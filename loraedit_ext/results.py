@@ -77,6 +77,7 @@ def write(folder: Path, edit: Edit, job: EditJob, config: RunConfig, adapter: Lo
     """
     lines = []
     times = job.times if job.variable_rate else None
+    (folder / RECORD).unlink(missing_ok=True)  # it does not tell of the files that are replaced from here on
     write_lossless(folder / GENERATED, edit.generated, job.fps)
     frames = edit.frames
     if is_laid_back(job, config.edit):

@@ -61,6 +61,18 @@ def written(folder, *overrides, **job_changes):
     return job, generated, read_media(folder / "edit" / name).frames
 
 
+def test_a_record_never_tells_of_files_that_other_settings_made(folder, monkeypatch):
+    """Writing over a result was interrupted: its edited.json stood beside the other's generated.mkv, and was believed."""
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    written(folder)
+    monkeypatch.setattr(results, "write_images", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        written(folder, "edit.seed=7")
+    assert not (folder / "edit" / results.RECORD).exists()
+
+
 def source_of(folder):
     return read_media(folder / "source").frames
 
