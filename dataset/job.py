@@ -364,7 +364,11 @@ class _Loader:
             return
         bright = _bright(mask)
         inside = sum(int(np.count_nonzero(fitted.cut(marks))) for marks in bright)
-        if lost := 1 - inside / max(1, np.count_nonzero(bright)):
+        marked = int(np.count_nonzero(bright))
+        if marked and not inside:
+            self._fail(f"{why}: nothing that mask {self.settings.mask.name} marks lies in {width}x{height} at ({left}, {top}), "
+                       "so nothing would be edited. Move `crop`, or leave it and `size` out.")  # fmt: skip
+        elif lost := 1 - inside / max(1, marked):
             self._say(f"{lost:.1%} of what the mask marks lies outside of that and stays as it is")
 
     def _mask(self, source: Video | None, count: int) -> np.ndarray | None:

@@ -167,6 +167,12 @@ def test_mistakes_are_told_where_a_crop_cannot_be_made_for_them(folder):
     assert "expected at least" in error_of(folder, still, start=100, crop="mask")
 
 
+def test_a_crop_beside_all_that_the_mask_marks_is_told_as_what_it_is(folder):
+    """It was told as an all-black mask, to be painted white."""
+    told = error_of(folder, crop=[40, 0, 16, 16])
+    assert "`crop` = (40, 0, 16, 16): nothing that mask masks marks lies in 16x16 at (40, 0)" in told
+
+
 def test_frames_without_a_mask_are_told(folder):
     for index in range(3):
         write_picture(folder / "masks" / f"{index:05d}.png", np.zeros((48, 64), np.uint8))
