@@ -17,13 +17,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = cli.parser("Propagate the edited first frame through the video with a trained LoRA.")
     parser.add_argument("--lora", type=Path, metavar="FILE", help="LoRA to use; default: the newest in output_dir")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: a folder beside the LoRA")
+    parser.add_argument(
+        "--seeds", type=cli.integers, metavar="N,N,...",
+        help="edit once with each, in place of edit.seed; results lie side by side (in FOLDER/seed_N with --out)",
+    )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(arguments)
 
     def run() -> None:
         from loraedit_ext import launch
 
-        launch.edit(cli.read_config(options), options.lora, options.out)
+        config = cli.read_config(options)
+        launch.edit_with_seeds(config, options.lora, options.out, options.seeds or [config.edit.seed])
 
     return cli.guarded(run, options.traceback)
 

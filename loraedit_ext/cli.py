@@ -31,6 +31,11 @@ def parser(description: str, config_required: bool = True) -> argparse.ArgumentP
     return parser
 
 
+def integers(text: str) -> list[int]:
+    """The type of a flag that takes whole numbers with commas between them; one that stands twice counts once."""
+    return list(dict.fromkeys(int(part) for part in text.split(",")))
+
+
 def read_config(options: argparse.Namespace) -> RunConfig:
     return load_config(options.config, options.overrides)
 

@@ -14,7 +14,7 @@ from dataset.cache import LatentCache
 from dataset.job import FIELDS_BEFORE, EditJob
 from loraedit_ext import guidance, lora, masks, pieces, regimes
 from loraedit_ext.compositing import finished
-from loraedit_ext.config import RunConfig
+from loraedit_ext.config import EditSettings, RunConfig
 from loraedit_ext.encode import encode_all
 from loraedit_ext.experts import Expert, Transformers
 from loraedit_ext.forecast import count_tokens
@@ -57,19 +57,26 @@ class Editor:
         self.experts = [own] if other is None else [own, other] if config.model.expert == "high" else [other, own]
         self.transformers = Transformers(config, self.experts, world)
 
-    def edit(self, job: EditJob) -> Edit:
-        """Encode, sample, decode, composite."""
-        started = time.perf_counter()
-        planned = pieces.plan(job, self.config.edit.clip_frames, self.model.geometry.temporal_stride)
+    def edit(self, job: EditJob, seed: int | None = None, again: bool = False) -> Edit:
+        """Encode, sample, decode, composite.
+
+        Args:
+            seed: of the noise; default: `edit.seed`.
+            again: there will be another edit: the transformer waits for it if it can.
+        """
+        started, settings = time.perf_counter(), self.config.edit
+        if seed is not None:
+            settings = settings.model_copy(update={"seed": seed})
+        planned = pieces.plan(job, settings.clip_frames, self.model.geometry.temporal_stride)
 
         def generate(piece: regimes.Piece, number: str) -> np.ndarray:
             title = "editing" if len(planned) == 1 else f"editing piece {number}"
-            return self._generate(job, piece, title, again=piece.span != planned[-1])
+            return self._generate(job, piece, settings, title, again or piece.span != planned[-1])
 
-        settings = self.config.edit
         generated = pieces.edit_all(job, planned, generate, settings.color_match if settings.composite else 0)
-        self.transformers.free()
-        self.model.free_encoders()
+        if not again:
+            self.transformers.free()
+            self.model.free_encoders()
         frames = finished(job, generated, settings)
         facts = {
             "seconds": round(time.perf_counter() - started, 2),
@@ -80,13 +87,15 @@ class Editor:
         }
         return Edit(frames, generated, facts)
 
-    def _generate(self, job: EditJob, piece: regimes.Piece, title: str, again: bool) -> np.ndarray:
+    def _generate(
+        self, job: EditJob, piece: regimes.Piece, settings: EditSettings, title: str, again: bool
+    ) -> np.ndarray:
         """The frames of a piece, uint8 (F, H, W, 3); the device holds the encoders or the transformer, never both.
 
         Args:
-            again: another piece follows.
+            again: another piece or edit follows.
         """
-        settings, told = self.config.edit, self.told(job, piece)
+        told = self.told(job, piece)
         shape = self.model.geometry.latent_shape(len(piece.span), *job.frames.shape[1:3])
         forward = self.transformers.begin(again)
         with attention_backend(self.config.attention_backend):

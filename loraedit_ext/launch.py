@@ -34,6 +34,7 @@ from models.streaming import streamed_blocks
 from models.wan.checkpoint import WanCheckpoint
 
 if TYPE_CHECKING:
+    from loraedit_ext.editor import Edit
     from loraedit_ext.experts import Expert
 
 MAX_AREA = 832 * 480
@@ -165,26 +166,34 @@ def _run(
 
 
 def edit(config: RunConfig, lora_path: Path | None, out: Path | None) -> Path:
-    """Edit the job's video with a trained LoRA and write the results.
+    """`edit_with_seeds` with `edit.seed` alone.
+
+    Returns:
+        The folder.
+    """
+    return edit_with_seeds(config, lora_path, out, [config.edit.seed])[0]
+
+
+def edit_with_seeds(config: RunConfig, lora_path: Path | None, out: Path | None, seeds: Sequence[int]) -> list[Path]:
+    """Edit the job's video with a trained LoRA, once for each seed of the noise, and write the results.
 
     Several processes take the passes of guidance by turns; the main one encodes, decodes and writes.
 
     Args:
         lora_path: default: the newest LoRA in output_dir.
-        out: folder to write to, whatever it holds; default: `edit` beside the LoRA, or `edit_2` and so on where that holds a
-            result of other settings.
+        out: folder to write to, whatever it holds, of several seeds each in `seed_N` there; default: `edit` beside the LoRA,
+            or `edit_2` and so on where that holds a result of other settings.
 
     Returns:
-        The folder.
+        The folders.
     """
     with together() as world:
         logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s")
-        return _edit(config, world, lora_path, out)
+        return _edit(config, world, lora_path, out, seeds)
 
 
-def _edit(config: RunConfig, world: World, lora_path: Path | None, out: Path | None) -> Path:
+def _edit(config: RunConfig, world: World, lora_path: Path | None, out: Path | None, seeds: Sequence[int]) -> list[Path]:
     from loraedit_ext.editor import Editor, check_lora
-    from loraedit_ext.results import FOLDER, folder_beside, write
 
     def say(line: str) -> None:
         if world.is_main:
@@ -209,7 +218,25 @@ def _edit(config: RunConfig, world: World, lora_path: Path | None, out: Path | N
     for line in (sampling, plan.describe_result(job, config.edit), *pieces.describe(planned)):
         say(line)
     other = _other_expert(config, job, world.device, say) if config.model.expert else None
-    result = Editor(config, model, adapter, world, cache_of(config), stacked, other).edit(job)
+    editor = Editor(config, model, adapter, world, cache_of(config), stacked, other)
+    folders = []
+    for number, seed in enumerate(seeds, 1):
+        place = out
+        if len(seeds) > 1:
+            say(f"seed      {seed}, {number} of {len(seeds)}")
+            place = out and out / f"seed_{seed}"
+        result = editor.edit(job, seed, again=number < len(seeds))
+        seeded = config.model_copy(update={"edit": config.edit.model_copy(update={"seed": seed})})
+        folders.append(_write(result, job, seeded, adapter, world, place, say))
+    return folders
+
+
+def _write(
+    result: Edit, job: EditJob, config: RunConfig, adapter: lora.LoraFile, world: World, out: Path | None, say: Say
+) -> Path:
+    """Write a result to `out` or beside its LoRA; the folder."""
+    from loraedit_ext.results import FOLDER, folder_beside, write
+
     folder = world.broadcast(out or folder_beside(job, config, adapter))
     if not out and folder.name != FOLDER:
         say(f"note      {FOLDER} holds a result of other settings and stays; this one goes to {folder.name}")

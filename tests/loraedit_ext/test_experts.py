@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import weakref
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+import inference
 from dataset.images import write_png
 from loraedit_ext import experts, launch, lora
 from loraedit_ext import run as runs
@@ -17,10 +19,12 @@ from loraedit_ext.config import load_config
 from loraedit_ext.editor import Editor
 from loraedit_ext.experts import Expert, Transformers
 from loraedit_ext.pipeline import World, alone
+from loraedit_ext.results import RECORD
 from models import parking
 from models.base import I2VModel
 from models.wan.checkpoint import WanCheckpoint
 from tests.conftest import write_edit_folder
+from tests.loraedit_ext.test_editor import frames_of
 from tests.loraedit_ext.test_wan22 import lora_file, model_of
 from tests.models.test_parking import Moves, memory_of, unmapped
 
@@ -269,3 +273,34 @@ def test_a_process_without_encoders_keeps_on_the_device_what_it_sampled_with_las
     sample(transformers, False)
     assert transformers._made == {}
     assert loads.count("transformer") == 2
+
+
+def test_several_seeds_are_edits_of_their_own_with_one_transformer(trained, host, loads, device, tmp_path):
+    host(PLENTY)
+    settings = ["edit.steps=3", "edit.output=png"]
+    apart = [launch.edit(load_config(trained.config, [*settings, f"edit.seed={seed}"]), None, tmp_path / f"{seed}")
+             for seed in (1, 2)]  # fmt: skip
+    assert loads.count("transformer") == 2
+    loads.clear()
+    config = load_config(trained.config, settings)
+    together = launch.edit_with_seeds(config, None, tmp_path / "all", [1, 2])
+    assert loads.count("transformer") == 1
+    assert [folder.name for folder in together] == ["seed_1", "seed_2"]
+    for one, other in zip(apart, together, strict=True):
+        assert (frames_of(one) == frames_of(other)).all()
+        assert json.loads((other / RECORD).read_text())["config"]["edit"]["seed"] == int(one.name)
+    assert (frames_of(apart[0]) != frames_of(apart[1])).any()
+    beside = launch.edit_with_seeds(config, None, None, [1, 2])
+    assert [folder.name for folder in beside] == ["edit", "edit_2"]
+    assert launch.edit_with_seeds(config, None, None, [2, 1]) == beside[::-1]
+    assert not device.holds()
+
+
+def test_seeds_on_the_command_line(trained, capsys):
+    assert inference.main(["--config", str(trained.config), "--seeds", "3,5,3", "edit.steps=1"]) == 0
+    out = capsys.readouterr().out
+    assert "seed      3, 1 of 2" in out
+    assert "seed      5, 2 of 2" in out
+    with pytest.raises(SystemExit):
+        inference.main(["--config", str(trained.config), "--seeds", "3,x"])
+    assert "--seeds: invalid integers value: '3,x'" in capsys.readouterr().err
