@@ -25,8 +25,7 @@ from loraedit_ext.objective import Objective
 from loraedit_ext.pipeline import Engine, distributed
 from loraedit_ext.trainer import checkpoint_activations
 from models.attention_backend import AttentionBackend, attention_backend
-from models.eight_bit import multiply_integers
-from models.layers import compile_blocks
+from models.layers import speed_up
 from models.wan.config import WanConfig
 from models.wan.wrapper import IMAGE_TOKENS, WanI2V
 
@@ -90,12 +89,9 @@ def measure(
     model.load_weights(layers, dtype, device, STORAGE[options.storage], options.swap)
     lora.inject(transformer, model, AdapterSettings())
     lora.initialise(layers, 0, device)
-    if options.int8_matmul:
-        multiply_integers(layers, device)
     optimizer = torch.optim.AdamW(lora.trainable(layers).values(), lr=1e-4)
     checkpoint_activations(layers, case.checkpointing, device)
-    if options.compile:
-        compile_blocks(layers, device)
+    speed_up(layers, device, options.int8_matmul, options.compile)
     engine = Engine(layers, [0, len(layers)], optimizer, Objective.loss, 1, 1, dtype)
     objective = Objective(model, TimestepSampler(), 0, False)
     sample = random_sample(model, config, case)

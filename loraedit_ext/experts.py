@@ -16,8 +16,7 @@ from loraedit_ext.doctor import ram
 from loraedit_ext.pipeline import World, autocast
 from loraedit_ext.sampling import Forward
 from models.base import TIMESTEPS, I2VModel, release_memory
-from models.eight_bit import multiply_integers
-from models.layers import PipelineLayer, compile_blocks
+from models.layers import PipelineLayer, speed_up
 from models.parking import park, sizes, unpark
 
 _log = logging.getLogger(__name__)
@@ -118,9 +117,6 @@ class Transformers:
         expert.model.load_weights(layers, dtype, device, linears, config.blocks_to_swap)
         if expert.stack:
             lora.attach(transformer, layers, lora.combine(expert.stack), device)
-        if config.model.int8_matmul:
-            multiply_integers(layers, device)
-        if config.compile:
-            compile_blocks(layers, device)
+        speed_up(layers, device, config.model.int8_matmul, config.compile)
         transformer.eval()
         return layers

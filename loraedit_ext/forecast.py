@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -23,8 +24,12 @@ PACE = 0.5
 
 def count_tokens(geometry: Geometry, shape: tuple[int, int, int]) -> int:
     """Video tokens of (frames, height, width)."""
-    _, latent_frames, h, w = geometry.latent_shape(*shape)
-    return latent_frames * h * w // geometry.patch**2
+    return latent_tokens(geometry, geometry.latent_shape(*shape))
+
+
+def latent_tokens(geometry: Geometry, shape: Sequence[int]) -> int:
+    """Video tokens of latents (C, T, h, w)."""
+    return math.prod(shape[1:]) // geometry.patch**2
 
 
 def forward(model: I2VModel, shape: tuple[int, int, int]) -> float:
@@ -32,9 +37,9 @@ def forward(model: I2VModel, shape: tuple[int, int, int]) -> float:
     return sum(model.flops(count_tokens(model.geometry, shape)))
 
 
-def training_sample(config: RunConfig, model: I2VModel, shape: tuple[int, int, int]) -> float:
+def training_sample(config: RunConfig, model: I2VModel, tokens: int) -> float:
     """FLOPs of forward pass, backward pass and recomputation of one sample; the LoRA's own are left out, about a hundredth."""
-    work = model.flops(count_tokens(model.geometry, shape))
+    work = model.flops(tokens)
     again = bool(config.activation_checkpointing)
     attention_again = again and config.activation_checkpointing != ATTENTION
     return with_backward(work) + work.linears * again + work.attention * attention_again
@@ -51,8 +56,11 @@ def training(
 ) -> float:
     """FLOPs of all stages, over all replicas."""
     per_step = config.micro_batch_size_per_gpu * config.gradient_accumulation_steps * replicas
-    mean = {regime: sum(training_sample(config, model, tuple(triple.condition.shape[1:])) for triple in group) / len(group)
-            for regime, group in samples.items()}  # fmt: skip
+    mean = {
+        regime: sum(training_sample(config, model, count_tokens(model.geometry, tuple(triple.condition.shape[1:])))
+                    for triple in group) / len(group)
+        for regime, group in samples.items()
+    }  # fmt: skip
     return sum(
         stage.steps * per_step * sum(weight * mean[regime] for regime, weight in stage.mix.items()) / sum(stage.mix.values())
         for stage in stages

@@ -87,7 +87,7 @@ def describe_preview(preview: Preview, config: RunConfig, job: EditJob, model: I
     clip = max(len(clip) for clip in job.clips), *job.frames.shape[1:3]
     per_step = config.gradient_accumulation_steps * config.micro_batch_size_per_gpu
     share = steps * len(preview.passes) * forecast.forward(model, preview.shape)
-    share /= per_step * forecast.training_sample(config, model, clip)
+    share /= per_step * forecast.training_sample(config, model, forecast.count_tokens(model.geometry, clip))
     return (
         f"previews  every {config.sample_every_n_steps} steps: {frames} frames of {width}x{height} "
         f"({forecast.count_tokens(model.geometry, preview.shape)} tokens), {steps} steps x {len(preview.passes)} pass(es); one "

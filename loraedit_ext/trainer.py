@@ -18,7 +18,7 @@ from common.progress import progress
 from dataset.job import EditJob
 from dataset.loader import PipelineLoader, SampleSchedule, Share
 from dataset.triple import EncodedTriple
-from loraedit_ext import flow, lora, metrics, state
+from loraedit_ext import flow, forecast, lora, metrics, state
 from loraedit_ext import run as runs
 from loraedit_ext.config import ATTENTION, OFFLOAD, RunConfig, StageSettings
 from loraedit_ext.objective import Objective
@@ -28,8 +28,7 @@ from loraedit_ext.pipeline import Engine, World, check_world, split, stage_of
 from loraedit_ext.preview import FOLDER as PREVIEWS
 from loraedit_ext.preview import Preview, Previewer
 from models.base import I2VModel
-from models.eight_bit import multiply_integers
-from models.layers import PipelineLayer, compile_blocks
+from models.layers import PipelineLayer, speed_up
 from models.offload import HostInputs
 
 QUANTILES = tuple(k / 10 for k in range(1, 10))
@@ -114,10 +113,7 @@ class Trainer:
         self.scale = (config.adapter.alpha or config.adapter.rank) / config.adapter.rank
         self._start_from_existing()
         checkpoint_activations(self.owned.values(), config.activation_checkpointing, world.device)
-        if config.model.int8_matmul:
-            multiply_integers(self.owned.values(), world.device)
-        if config.compile:
-            compile_blocks(self.owned.values(), world.device)
+        speed_up(list(self.owned.values()), world.device, config.model.int8_matmul, config.compile)
         for layer in self.owned.values():
             for parameter in layer.parameters():
                 parameter.model_parallel = True
@@ -217,7 +213,7 @@ class Trainer:
                 values = self._one_step()
                 bar.set_postfix_str(
                     f"loss {values['train/loss']:.4f} | {values['train/step_seconds']:.2f} s/step | "
-                    f"{values['train/memory_gb']:.1f} GB",
+                    f"{values['train/tflops']:.3g} TFLOP/s | {values['train/memory_gb']:.1f} GB",
                     refresh=False,
                 )
                 bar.update()
@@ -265,14 +261,21 @@ class Trainer:
                 f"(now {self.config.optimizer.lr:g}), or add warmup_steps."
             ) from error
         self.step += 1
+        seconds = time.perf_counter() - started
         values = {
             "train/loss": loss, "train/grad_norm": self.guard.norm, "train/lr": self.config.optimizer.lr * factor,
-            "train/step_seconds": time.perf_counter() - started, "train/memory_gb": memory_gb(self.engine.device),
-            f"train/{regime}_loss": loss,
+            "train/step_seconds": seconds, "train/tflops": self._work(stage, local) / seconds / 1e12,
+            "train/memory_gb": memory_gb(self.engine.device), f"train/{regime}_loss": loss,
         }  # fmt: skip
         if self._due(self.config.logging_steps) or self.step == self.total:
             self.trackers.log(self.step, values)
         return values
+
+    def _work(self, stage: StageRun, step: int) -> float:
+        """FLOPs of a process in a step of a stage, by the plan's arithmetic."""
+        shapes = [self.samples[draw.name].target.shape for draw in stage.loader.schedule.draws(step)]
+        tokens = [forecast.latent_tokens(self.model.geometry, shape) for shape in shapes]
+        return sum(forecast.training_sample(self.config, self.model, count) for count in tokens) / self.world.size
 
     def evaluate(self) -> None:
         """Loss of each regime at nine fixed quantiles of the timesteps, with fixed noise (diffusion-pipe's names)."""

@@ -6,7 +6,7 @@ Axes: B batch, N tokens, D hidden width, H heads, d head width, T h w latent gri
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from torch.func import functional_call
 from common.errors import UserError, first_line
 from common.progress import brief
 from models.blocks import TransformerBlock, computing, resident
+from models.eight_bit import multiply_integers
 from models.linears import autocast_dtype
 from models.offload import HostInputs
 from models.recompute import recomputed
@@ -110,6 +111,18 @@ class PipelineLayer(nn.Module):
         for attribute, prefix in self.origin.items():
             for name, parameter in getattr(self, attribute).named_parameters():
                 yield f"{prefix}.{name}", parameter
+
+
+def speed_up(layers: Sequence[PipelineLayer], device: torch.device, int8_matmul: bool, compiled: bool) -> None:
+    """Switch on, for loaded layers, products of 8-bit integers and torch.compile.
+
+    Raises:
+        UserError: one of them does not work on this device.
+    """
+    if int8_matmul:
+        multiply_integers(layers, device)
+    if compiled:
+        compile_blocks(layers, device)
 
 
 def compile_blocks(layers: Iterable[PipelineLayer], device: torch.device) -> None:

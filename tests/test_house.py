@@ -107,7 +107,10 @@ def test_the_command_line_gains_no_flags():
         "--captioner",  # what writes the captions that are not given
         "--ckpt", "--model",  # the lines of edit.toml that have no default
     }
-    assert flags["inference.py"] == {"--help", "--config", "--traceback", "--lora", "--out"}
+    assert flags["inference.py"] == {
+        "--help", "--config", "--traceback", "--lora", "--out",
+        "--seeds",  # makes several results; the record of each has its own edit.seed
+    }
 
 
 def test_help_is_quick_because_heavy_imports_come_late():

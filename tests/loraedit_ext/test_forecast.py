@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -59,7 +60,10 @@ def test_stages_and_edits_add_up(edit_folder):
     stages = launch.plan.stages(config, job)
     samples = launch.plan.triples(job, stages)
     clip, one = (len(job.frames), *job.frames.shape[1:3]), (1, *job.frames.shape[1:3])
-    by_hand = 10 * (0.25 * forecast.training_sample(config, model, clip) + 0.75 * forecast.training_sample(config, model, one))
+    of_clip, of_one = (
+        forecast.training_sample(config, model, forecast.count_tokens(model.geometry, shape)) for shape in (clip, one)
+    )
+    by_hand = 10 * (0.25 * of_clip + 0.75 * of_one)
     assert forecast.training(config, model, stages, samples, 1) == pytest.approx(by_hand)
     twice = config.model_copy(update={"gradient_accumulation_steps": 2})
     assert forecast.training(twice, model, stages, samples, 3) == pytest.approx(6 * by_hand)
@@ -67,6 +71,19 @@ def test_stages_and_edits_add_up(edit_folder):
     assert forecast.editing(config, model, job) == pytest.approx(5 * guided * forecast.forward(model, clip))
     in_pieces = config.model_copy(update={"edit": config.edit.model_copy(update={"clip_frames": 5})})
     assert forecast.editing(in_pieces, model, job) == pytest.approx(5 * guided * 2 * forecast.forward(model, (5, *clip[1:])))
+
+
+def test_a_step_tells_its_pace(edit_folder):
+    """Over all steps it is the plan's work; a metric of each process."""
+    config = load_config(edit_folder.config, ["gradient_accumulation_steps=2"])
+    launch.train(config)
+    model = launch.build_model(config, CPU)
+    job = launch.open_job(config, model)
+    stages = launch.plan.stages(config, job)
+    planned = forecast.training(config, model, stages, launch.plan.triples(job, stages), 1)
+    rows = [json.loads(line) for line in (edit_folder.runs()[0] / "metrics.jsonl").read_text().splitlines()]
+    done = sum(row["train/tflops"] * 1e12 * row["train/step_seconds"] for row in rows if "train/tflops" in row)
+    assert done == pytest.approx(planned)
 
 
 def test_the_plan_tells_work_and_time(edit_folder, capsys, monkeypatch):
