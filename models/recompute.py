@@ -152,7 +152,7 @@ class _Unheld:
         for index, known in enumerate(self.tensors):
             if tensor.untyped_storage()._cdata == known.untyped_storage()._cdata:
                 return index, tensor.shape, tensor.stride(), tensor.storage_offset()
-        return tensor
+        return tensor.detach()  # a function's result would hold the function, and neither would ever be let go
 
     def _unpack(self, packed: Tensor | tuple[int, Sequence[int], Sequence[int], int]) -> Tensor:
         if isinstance(packed, Tensor):

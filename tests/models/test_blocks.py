@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from functools import partial
 
@@ -155,8 +157,23 @@ def test_a_block_keeps_one_row_and_works_in_few(monkeypatch, name):
     assert max(alive[2:]) < 14.5 < 33 < alive[1]
 
 
-def test_a_backward_pass_that_never_comes_leaves_nothing_behind():
+def test_a_backward_pass_that_never_comes_leaves_nothing_behind(monkeypatch):
+    """Neither what is kept of attention nor anything that another pass would stumble over."""
     part = subject("Wan")
+    results = []
+
+    class Noted(recompute._Attention):
+        def __init__(self, *given):
+            super().__init__(*given)
+            results.extend(weakref.ref(result.untyped_storage()) for _, result, _ in self._groups)
+
+    monkeypatch.setattr(recompute, "_Attention", Noted)
+    output = recomputed(part.block, part.x.clone().requires_grad_(), part.at, keep_attention=True)
+    assert all(result() is not None for result in results)
+    del output
+    gc.collect()
+    assert results
+    assert not any(result() is not None for result in results)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
         recomputed(part.block, part.x.clone().requires_grad_(), part.at, keep_attention=True)
     assert gradients(part, recomputed).keys() == gradients(part, PLAIN).keys()
