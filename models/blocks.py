@@ -80,10 +80,15 @@ class TransformerBlock(ABC, nn.Module, Generic[Conditions]):
         """The output (B, n, D) of a piece of the tokens."""
 
     def compile_pieces(self) -> None:
-        """Use torch.compile for all but attention; blocks of one kind share the programs."""
-        self.normalise, self.project, self.turn, self.finish = (
-            torch.compile(function, dynamic=False) for function in (self.normalise, self.project, self.turn, self.finish)
+        """Use torch.compile for all but attention; blocks of one kind share the programs.
+
+        Programs are for one number of tokens at first, and from the second number on for all. `turn` gets its tensors in too
+        many layouts for that: torch would give up before.
+        """
+        self.normalise, self.project, self.finish = (
+            torch.compile(function) for function in (self.normalise, self.project, self.finish)
         )
+        self.turn = torch.compile(self.turn, dynamic=True)
 
     def forward(self, x: Tensor, at: Conditions, attend: Callable[..., Tensor] | None = None) -> Tensor:
         """x (B, N, D) -> (B, N, D).
@@ -137,6 +142,8 @@ def resident(_forward: bool) -> AbstractContextManager[None]:
 @contextmanager
 def computing(block: nn.Module, hidden: Tensor, lend: Lend, forward: bool = True) -> Iterator[None]:
     """Around a block's pass over tokens (B, N, D): its weights are there and, for several pieces, ready for products."""
-    upcast = upcast_once(block, autocast_dtype(hidden)) if hidden.shape[1] > PIECE else nullcontext()
-    with lend(forward), upcast:
+    kind, dtype = hidden.device.type, autocast_dtype(hidden)
+    upcast = upcast_once(block, dtype) if hidden.shape[1] > PIECE else nullcontext()
+    # Casts are not cached: one that was made without gradient must not be used with it.
+    with lend(forward), upcast, torch.autocast(kind, dtype, torch.is_autocast_enabled(kind), cache_enabled=False):
         yield

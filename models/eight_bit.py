@@ -74,11 +74,10 @@ class EightBitLinear(nn.Linear):
     """
 
     integers = False
-    omitted = False
 
     def __init__(self, in_features: int, out_features: int, bias: bool, is_output: bool = False) -> None:
         super().__init__(in_features, out_features, bias, device="meta")
-        self.is_output = is_output
+        self.is_output, self.omitted = is_output, False
         self.requires_grad_(False)
         self.register_buffer("scale", None, persistent=False)
         self.register_buffer("upcast", None, persistent=False)

@@ -58,7 +58,10 @@ class OutputLinear(nn.Linear):
     """
 
     is_output = True
-    omitted = False
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.omitted = False
 
     def forward(self, x: Tensor) -> Tensor:
         if self.omitted:

@@ -57,7 +57,7 @@ class _Recomputed(torch.autograd.Function):
     def forward(ctx: Any, again: _Again, hidden: Tensor, *_weights: Tensor) -> Tensor:
         ctx.again = again
         ctx.save_for_backward(again.to_keep(hidden))
-        return again.output(hidden)
+        return again.output(hidden.detach())  # compiled, it is the same function as in backward only if it needs no gradient
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -94,8 +94,7 @@ class _Again(Generic[Conditions]):
 
     def gradients(self, kept: Tensor, gradient: Tensor) -> list[Tensor | None]:
         """Gradients of the input and of the weights."""
-        # Casts are not cached: one that was made without gradient must not be used with it.
-        autocast = torch.autocast(self.kind, self.dtype, enabled=self.autocast, cache_enabled=False)
+        autocast = torch.autocast(self.kind, self.dtype, enabled=self.autocast)
         chance = self.chance.again() if self.chance else nullcontext()
         with autocast, computing(self.block, kept, self.lend, forward=False), chance:
             return _Backward(self, kept, gradient).run()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.activations import EXACT, STORAGE, SUBJECTS, WAYS, Storage, Subject, measure
@@ -16,7 +18,7 @@ from common.errors import UserError
 from loraedit_ext import launch
 from loraedit_ext.config import load_config
 from models import blocks, eight_bit, recompute
-from models.blocks import slices
+from models.blocks import computing, resident, slices
 from models.eight_bit import EightBitLinear
 from models.hunyuan import transformer as hunyuan
 from models.layers import compile_blocks
@@ -230,6 +232,28 @@ def test_compiled_pieces_compute_the_same(monkeypatch, traced_only, name):
     agree(gradients(part, PLAIN), kept, 1e-5)
     with torch.no_grad():
         assert torch.allclose(part.block(part.x, part.at), sampled, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Wan", "HunyuanVideo, single"])
+def test_programs_serve_clips_of_any_length(monkeypatch, name):
+    """Whole graphs, few enough that torch does not give up and run the rest without them."""
+    monkeypatch.setattr(blocks, "PIECE", 30)
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **given: real(function, backend="eager", **given))
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = subject(name).block
+    compiled.compile_pieces()
+    for grid in (GRID, (3, 7, 11), (1, 4, 7), (3, 5, 9)):
+        part = replace(SUBJECTS[name](grid, EXACT), block=compiled)
+        with torch.no_grad(), computing(compiled, part.x, resident):
+            compiled(part.x, part.at)
+        for keeps in (False, True):
+            gradients(part, partial(recomputed, keep_attention=keeps))
+    assert counters["stats"]["unique_graphs"] <= 20
+    assert not counters["graph_break"]
+    assert not counters["unimplemented"]
+    torch._dynamo.reset()
 
 
 def test_a_compiled_run_is_that_without(edit_folder, traced_only, monkeypatch):
