@@ -10,12 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from torch.nn.attention import (
-    SDPBackend,
-    activate_flash_attention_impl,
-    restore_flash_attention_impl,
-    sdpa_kernel,
-)
+from torch.nn import attention as of_torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.errors import UserError, first_line
 
@@ -53,8 +49,8 @@ def _package(name: AttentionBackend) -> Iterator[None]:
         yield
         return
     try:
-        activate_flash_attention_impl(name)
-    except Exception as error:  # whatever an extension that does not fit raises
+        of_torch.activate_flash_attention_impl(name)
+    except Exception as error:  # whatever an extension that does not fit raises, or a torch that knows of none
         raise UserError(
             f"attention_backend = '{name}' does not work here: {first_line(error)}. It needs the package {PACKAGES[name]} and "
             "a GPU that it is for; `python -m benchmarks.attention` shows what this machine has."
@@ -62,7 +58,7 @@ def _package(name: AttentionBackend) -> Iterator[None]:
     try:
         yield
     finally:
-        restore_flash_attention_impl()
+        of_torch.restore_flash_attention_impl()
 
 
 def check_backend(name: AttentionBackend) -> None:
