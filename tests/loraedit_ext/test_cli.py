@@ -15,7 +15,7 @@ from loraedit_ext.evaluation import run
 def told(monkeypatch):
     """The configurations that verbs hand on; nothing is run."""
     found = []
-    for module, name in ((launch, "train"), (launch, "edit"), (run, "evaluate_edit")):
+    for module, name in ((launch, "train"), (launch, "edit_with_seeds"), (run, "evaluate_edit")):
         monkeypatch.setattr(module, name, lambda config, *_: found.append(config))
     return found
 
