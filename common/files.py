@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from common.errors import UserError
 
 _CHUNK = 1 << 20
@@ -34,9 +36,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         partial.chmod(mode)
         _sync(partial)
         os.replace(partial, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors tells of a full disk by an error of its own
         raise UserError(
-            f"{path}: could not be written ({error.strerror or error}); what was there before is untouched. "
+            f"{path}: could not be written ({getattr(error, 'strerror', None) or error}); what was there before is untouched. "
             "Free disk space or choose another output_dir."
         ) from error
     finally:

@@ -89,7 +89,7 @@ def write_png(path: Path, image: np.ndarray) -> None:
     pixels = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image
     ok, data = cv2.imencode(".png", pixels)
     assert ok, "PNG encodes every uint8 picture"
-    write_atomic(path, data.tofile)
+    write_atomic(path, lambda partial: partial.write_bytes(data) and None)
 
 
 def image_files(folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,16 @@ MEMORY_HELP = (
     "the job, blocks_to_swap=N or several GPUs with pipeline_stages=S. `train.py --dry_run` says what a run needs and what "
     "helps, docs/memory.md what each costs. --traceback shows where it happened."
 )
+_CLOSED = "may not be read or written ({}). Change its permissions, or those of the folders above it, or name another."
+_FULL = "could not be written ({}). Free disk space or choose another place; checkpoints and exports written so far are whole."
+FILE_ERRORS = {
+    errno.EACCES: _CLOSED, errno.EPERM: _CLOSED, errno.EROFS: _CLOSED,
+    errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.EFBIG: _FULL,
+    errno.ENOENT: "is not there ({}). If it was moved or removed while it was in use, bring it back and run this again.",
+    errno.ENAMETOOLONG: "{}. Expected the path of a file or folder; write a shorter one.",
+    errno.EIO: "could not be read or written ({}). The disk or its connection may be failing.",
+}
+"""What the machine's owner can cure, wherever it is met: what happened, with the system's words for it, and what to do."""
 OVERRIDES_HELP = "override any key of the TOML, e.g. optimizer.lr=2e-4 stage.0.steps=50 model.shift=None"
 
 
@@ -49,8 +60,8 @@ def guarded(action: Callable[[], None], traceback: bool) -> int:
     """Run a verb; what a user or the machine's owner can cure becomes one message and exit status 2."""
     try:
         action()
-    except (UserError, torch.OutOfMemoryError, PermissionError) as error:
-        if traceback:
+    except (UserError, torch.OutOfMemoryError, OSError) as error:
+        if traceback or (isinstance(error, OSError) and error.errno not in FILE_ERRORS):
             raise
         print(f"error: {_told(error)}", file=sys.stderr)
         return 2
@@ -60,10 +71,9 @@ def guarded(action: Callable[[], None], traceback: bool) -> int:
     return 0
 
 
-def _told(error: UserError | torch.OutOfMemoryError | PermissionError) -> str:
-    if isinstance(error, PermissionError):
-        return (f"{error.filename or 'a file'}: may not be read or written ({error.strerror}). Change its permissions, or "
-                "those of the folders above it, or name another.")  # fmt: skip
+def _told(error: UserError | torch.OutOfMemoryError | OSError) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {FILE_ERRORS[error.errno or 0].format(error.strerror)}"
     return _out_of_memory(error) if isinstance(error, torch.OutOfMemoryError) else str(error)
 
 

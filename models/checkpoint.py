@@ -159,6 +159,7 @@ def open_tensors(path: Path, stems: tuple[str, ...] = _STEMS) -> Tensors:
         return _open_folder(path, stems)
     if not path.is_file():
         raise UserError(f"{path}: no such file. Give the path of an existing checkpoint.")
+    path.open("rb").close()  # what may not be read is told as that; its parser would say that it is not there
     if path.suffix == ".safetensors":
         return Tensors(_safetensors_entries(path), path)
     if path.suffix in _TORCH_SUFFIXES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -227,6 +228,22 @@ def test_what_may_not_be_read_is_told_without_a_traceback(edit_folder, capsys, m
     monkeypatch.setattr(Path, "iterdir", closed)
     assert train.main(["--config", str(edit_folder.config), "--dry_run"]) == 2
     assert f"error: {edit_folder.path / 'source'}: may not be read or written (Permission denied)" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_or_gone_in_the_middle_is_told_without_a_traceback(edit_folder, capsys, monkeypatch):
+    from loraedit_ext import launch
+
+    for number, told in ((errno.ENOSPC, "could not be written"), (errno.EROFS, "may not be read or written"),
+                         (errno.ENOENT, "is not there")):
+        error = OSError(number, os.strerror(number), "metrics.jsonl")
+        monkeypatch.setattr(launch, "train", lambda *_, error=error: (_ for _ in ()).throw(error))
+        assert train.main(["--config", str(edit_folder.config)]) == 2
+        assert f"error: metrics.jsonl: {told} ({os.strerror(number)})" in capsys.readouterr().err
+
+
+def test_a_path_that_is_too_long_is_told_without_a_traceback(edit_folder, capsys):
+    assert train.main(["--config", str(edit_folder.config), "--dry_run", f"model.ckpt_path={'x' * 300}"]) == 2
+    assert "xx: File name too long. " in capsys.readouterr().err
 
 
 def test_the_traceback_flag_shows_where_it_came_from(edit_folder):

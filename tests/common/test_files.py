@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from common.errors import ErrorCollector, UserError, UserErrors
 from common.files import atomic_path, check_writable, hash_json, write_atomic, write_json_atomic, write_text_atomic
+from dataset.images import write_png
 
 
 def test_a_failing_write_leaves_the_old_file_and_no_debris(tmp_path):
@@ -46,6 +49,22 @@ def test_weights_may_be_read_by_whom_the_umask_lets(tmp_path):
         finally:
             os.umask(before)
         assert (tmp_path / f"{mode}.safetensors").stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.parametrize("write", [
+    lambda path: write_atomic(path, lambda partial: save_file({"a": torch.zeros(2000)}, partial)),
+    lambda path: write_png(path, np.random.default_rng(0).integers(0, 255, (99, 99), np.uint8)),
+], ids=["weights", "picture"])
+def test_what_a_library_says_of_a_full_disk_is_that_message_too(tmp_path, write):
+    """safetensors raises an error of its own; numpy one that says nothing of the disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"x\.bin: could not be written \(.*File too large"):
+            write(tmp_path / "x.bin")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_one_message_with_the_file(tmp_path):

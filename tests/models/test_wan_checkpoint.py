@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +123,20 @@ def test_a_truncated_shard_is_named(folder):
     shard = folder / "diffusion_pytorch_model-00002-of-00003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"00002-of-00003\.safetensors: not a complete safetensors file"):
+        _ = WanCheckpoint.open(folder).config
+
+
+def test_a_shard_that_may_not_be_read_is_not_told_as_a_damaged_one(folder, monkeypatch):
+    """Not by a real mode: tests may run as a user who may read everything."""
+    read = Path.open
+
+    def closed(path, *arguments, **options):
+        if path.suffix == ".safetensors":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", closed)
+    with pytest.raises(PermissionError):
         _ = WanCheckpoint.open(folder).config
 
 
