@@ -116,7 +116,7 @@ def read_video(path: Path, first: int = 0, count: int | None = None, every: int 
     """Decode the whole file and keep `count` frames (default: all) from index `first` in steps of `every`.
 
     Frame counts and rates come from decoding, never from the header; rotation is applied. Colours
-    follow FFmpeg's rule (BT.601 if untagged), so frames equal those that FFmpeg and OpenCV extract.
+    follow FFmpeg's rule (BT.601 if untagged), so frames equal those that FFmpeg and (but mirrored ones) OpenCV extract.
     Fewer frames are kept where the file ends earlier; `total` tells.
 
     Raises:
@@ -234,7 +234,9 @@ def _check_frame(path: Path, frame: av.VideoFrame, index: int) -> None:
 
 def _check_complete(path: Path, stream: VideoStream, times: list[float], tally: _Tally) -> None:
     """Refuse a video of which fewer frames came out than its packets or its stream tag promised."""
-    if not times or len(times) < tally.frames:
+    if not times and not tally.frames:
+        raise UserError(f"{path}: shows no frame: its video is empty, or its edit list cuts all of it. {_CURE}")
+    if len(times) < tally.frames:
         raise UserError(
             f"{path}: truncated or damaged: {len(times)} frames could be decoded, "
             f"expected {tally.frames}. {_CURE}"
@@ -260,7 +262,20 @@ def _upright_rgb(frame: av.VideoFrame, notes: dict[str, None]) -> np.ndarray:
     alpha = any(component.is_alpha for component in frame.format.components)
     if alpha and frame.to_ndarray(format="rgba")[..., 3].min() < 255:
         notes["has transparent pixels: the colours under them are used"] = None
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
+    picture = frame.to_ndarray(format="rgb24")
+    if _is_mirrored(frame):
+        notes["mirrored, as the file says"] = None
+        picture = picture[::-1]  # what is left is a rotation: it is measured by the picture's horizontal edge
+    return np.ascontiguousarray(np.rot90(picture, frame.rotation // 90))
+
+
+def _is_mirrored(frame: av.VideoFrame) -> bool:
+    """Whether the display matrix mirrors the picture, as that of a front camera may; `frame.rotation` does not tell."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False
+    right, down = np.frombuffer(matrix, np.int32).reshape(3, 3)[:2, :2].astype(float)
+    return right[0] * down[1] < right[1] * down[0]
 
 
 def _describe_stream(container: InputContainer, stream: VideoStream, notes: dict[str, None]) -> None:

@@ -111,16 +111,44 @@ def test_an_edit_list_hides_frames_that_the_header_counts(tmp_path):
     assert (video.frames == read_video(path).frames[15:]).all()
 
 
+def shown_through(matrix, path):
+    """The mp4 with another display matrix (ISO 14496-12 8.3.2)."""
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 4 + 40
+    a, b, c, d = (value << 16 for value in matrix)
+    data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(("matrix", "seen"), [
+    ((-1, 0, 0, 1), lambda stored: stored[:, ::-1]), ((1, 0, 0, -1), lambda stored: stored[::-1]),
+    ((0, 1, 1, 0), lambda stored: stored.swapaxes(0, 1)), ((0, -1, -1, 0), lambda stored: np.rot90(stored, 2).swapaxes(0, 1)),
+])
+def test_a_mirrored_picture_is_mirrored_as_players_do(tmp_path, matrix, seen):
+    """OpenCV turns by 180 degrees instead: a rotation cannot say that a picture is mirrored."""
+    path = encode(tmp_path / "a.mp4", picture_frames(3))
+    stored = read_video(path).frames[0]
+    video = read_video(shown_through(matrix, path))
+    assert (video.frames[0] == seen(stored)).all()
+    assert "mirrored, as the file says" in video.notes
+
+
+def test_an_edit_list_that_cuts_everything_is_told(tmp_path):
+    path = encode(tmp_path / "a.mp4", picture_frames(3))
+    data = bytearray(path.read_bytes())
+    at = data.index(b"elst") + 12  # duration of the first entry
+    data[at : at + 4] = bytes(4)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.mp4: shows no frame: .* its edit list cuts all of it"):
+        read_video(path)
+
+
 @pytest.mark.parametrize(
     ("matrix", "degrees"), [((0, 1, -1, 0), 90), ((-1, 0, 0, -1), 180), ((0, -1, 1, 0), 270)]
 )
 def test_rotation_is_applied_as_opencv_does(tmp_path, matrix, degrees):
-    path = encode(tmp_path / "a.mp4", picture_frames(3))
-    data = bytearray(path.read_bytes())
-    at = data.index(b"tkhd") + 4 + 40  # the display matrix of ISO 14496-12 8.3.2
-    a, b, c, d = (value << 16 for value in matrix)
-    data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    path.write_bytes(data)
+    path = shown_through(matrix, encode(tmp_path / "a.mp4", picture_frames(3)))
     video = read_video(path)
     assert video.size == ((48, 64) if degrees % 180 else (64, 48))
     assert any("upright" in note for note in video.notes)
