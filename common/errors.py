@@ -18,7 +18,7 @@ class UserErrors(UserError):
     """Several user errors that belong together and are reported at once."""
 
     def __init__(self, messages: Iterable[str]) -> None:
-        self.messages = list(messages)
+        self.messages = list(dict.fromkeys(messages))
         count = len(self.messages)
         head = f"{count} problem{'s' if count != 1 else ''} found:"
         super().__init__("\n".join([head, *(f"  - {m}" for m in self.messages)]))
@@ -45,7 +45,7 @@ class ErrorCollector:
 
     def raise_if_any(self) -> None:
         """Raise everything gathered: one message alone as it is, several as a list."""
-        if len(self.messages) == 1:
+        if len(set(self.messages)) == 1:
             raise UserError(self.messages[0])
         if self.messages:
             raise UserErrors(self.messages)

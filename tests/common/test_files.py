@@ -67,6 +67,18 @@ def test_what_a_library_says_of_a_full_disk_is_that_message_too(tmp_path, write)
     assert not any(tmp_path.iterdir())
 
 
+def test_the_same_problem_of_many_is_told_once():
+    """A sweep checks a configuration for each of its trials."""
+    errors = ErrorCollector()
+    for message in ("a.toml: x", "a.toml: x"):
+        errors.add(message)
+    with pytest.raises(UserError, match=r"^a\.toml: x$"):
+        errors.raise_if_any()
+    errors.add("a.toml: y")
+    with pytest.raises(UserErrors, match=r"2 problems found:\n  - a\.toml: x\n  - a\.toml: y$"):
+        errors.raise_if_any()
+
+
 def test_a_full_disk_is_one_message_with_the_file(tmp_path):
     target = tmp_path / "x.bin"
 
