@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from common.errors import UserError, UserErrors
 
@@ -24,11 +24,20 @@ class Settings(BaseModel):
     """Base of every settings table: closed, immutable, validated also for defaults."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
 
     elsewhere: ClassVar[Mapping[str, str]] = {}
     """Keys that other tools have here -> what to do with them; for the message that refuses them."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """`save_every_n_steps = true` would mean every step."""
+        kinds = set(_parts(cls.model_fields[str(info.field_name)].annotation))
+        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+            raise ValueError("expected a number, found true or false")
+        return value
 
 
 S = TypeVar("S", bound=Settings)
@@ -75,6 +84,8 @@ def _describe(kind: type[Settings], problem: Any) -> str:
     if problem["type"] in ("list_type", "tuple_type") and isinstance(problem["input"], dict):
         return f"`{key}`: is one table, expected a list of them: write [[{key}]]."
     text = problem["msg"].removeprefix("Value error, ")
+    if key and isinstance(problem["input"], dict):
+        return f"`{key}`: {text}"  # what is wrong stands in the text; the table is long
     value = "(not shown)" if key.endswith(SECRET_KEYS) else repr(problem["input"])
     where = f"`{key}` = {value}" if key else "the file as a whole"
     return f"{where}: {text}"
@@ -104,6 +115,13 @@ def _table_at(kind: type[Settings], location: list[Any]) -> type[Settings] | Non
 
 
 def _settings_in(annotation: Any) -> type[Settings] | None:
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
-        return annotation
-    return next((found for arg in get_args(annotation) if (found := _settings_in(arg))), None)
+    return next((kind for kind in _parts(annotation) if isinstance(kind, type) and issubclass(kind, Settings)), None)
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """An annotation without arguments as it is; those that a union, a list or the like is made of."""
+    arguments = get_args(annotation)
+    if not arguments:
+        yield annotation
+    for argument in arguments:
+        yield from _parts(argument)

@@ -13,7 +13,7 @@ from common.settings import Settings, load_settings, read_toml
 S = TypeVar("S", bound=Settings)
 Count = Annotated[int, Field(gt=0)]
 Index = Annotated[int, Field(ge=0)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0)]
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
@@ -47,6 +47,9 @@ class JobSettings(Settings):
          "size_buckets", "num_repeats", "caption_prefix", "shuffle_tags", "cache_shuffle_num"),
         "this is a key of diffusion-pipe's datasets; an edit job names one `source`, its `mask` and [[edited_frame]]s "
         "(prepare.py writes one).",
+    ) | dict.fromkeys(
+        ("output_dir", "dataset", "model", "adapter", "optimizer", "stage", "monitoring", "edit", "preview", "evaluation"),
+        "this is of a run's TOML, which names an edit job's as its `dataset`.",
     )
 
     name: Text
@@ -77,7 +80,7 @@ class JobSettings(Settings):
     """How many frames to use; default: as many as the model can take, up to `max_frames`."""
     max_frames: Count = 49
     """Limit of the default of `frames`."""
-    fps: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] | None = None
+    fps: Annotated[float, Field(gt=0, le=1000)] | None = None
     """Frames per second of a source that is a folder of images, which has no rate of its own; default 16."""
     clip_frames: Count | None = None
     """Train on overlapping clips of this many frames instead of the whole video (paper section 4.5)."""

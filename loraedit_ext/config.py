@@ -19,6 +19,7 @@ from pydantic import ConfigDict, Field, ValidationError, ValidatorFunctionWrapHa
 from common.errors import UserError
 from common.files import placed
 from common.settings import Settings, load_settings, read_toml
+from dataset.schema import JobSettings
 from loraedit_ext import diffusion_pipe
 from loraedit_ext.flow import SamplerName, TimestepMethod
 from loraedit_ext.masks import MaskRule
@@ -289,7 +290,9 @@ class EvaluationSettings(Settings):
 class RunConfig(Settings):
     """One edit: model, job, LoRA, optimizer, stages, monitoring, inference."""
 
-    elsewhere = diffusion_pipe.RUN
+    elsewhere = diffusion_pipe.RUN | dict.fromkeys(
+        JobSettings.model_fields, "this is of an edit job's TOML, which `dataset` names."
+    )
 
     output_dir: Path
     """Each run makes a folder of its own in here."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from common.errors import UserError
+from dataset.schema import load_job_settings
 from loraedit_ext import run as runs
 from loraedit_ext.config import load_config, parse_value
 
@@ -70,6 +71,34 @@ def test_overrides_reach_tables_and_list_items(edit_folder):
 def test_a_malformed_override_is_named(edit_folder, override):
     with pytest.raises(UserError, match="override"):
         load_config(edit_folder.config, [override])
+
+
+@pytest.mark.parametrize("key", ["optimizer.lr", "model.shift", "edit.lora_strength", "stage.0.mix.motion"])
+def test_numbers_are_finite(edit_folder, key):
+    for value in ("inf", "nan"):
+        with pytest.raises(UserError, match=rf"`{key}` = {value}: Input should be a finite number"):
+            load_config(edit_folder.config, [f"{key}={value}"])
+
+
+@pytest.mark.parametrize("key", ["save_every_n_steps", "edit.feather", "model.shift", "stage.0.steps"])
+def test_true_is_no_number(edit_folder, key):
+    with pytest.raises(UserError, match=rf"`{key}` = True: expected a number, found true or false"):
+        load_config(edit_folder.config, [f"{key}=true"])
+
+
+def test_the_run_and_the_job_taken_for_each_other_are_told_as_that(edit_folder):
+    with pytest.raises(UserError) as caught:
+        load_config(edit_folder.job)
+    assert "unknown key `mask`; this is of an edit job's TOML, which `dataset` names." in str(caught.value)
+    with pytest.raises(UserError) as caught:
+        load_job_settings(edit_folder.config)
+    assert "unknown key `stage`; this is of a run's TOML, which names an edit job's as its `dataset`." in str(caught.value)
+    assert "known keys" not in str(caught.value)
+
+
+def test_what_is_wrong_in_a_table_is_told_without_the_table(edit_folder):
+    with pytest.raises(UserError, match=r"edit\.toml: `model`: int8_matmul needs transformer_dtype = 'int8', found None"):
+        load_config(edit_folder.config, ["model.int8_matmul=true"])
 
 
 def test_an_api_key_in_the_file_is_refused_without_repeating_it(edit_folder):
