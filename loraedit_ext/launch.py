@@ -16,7 +16,7 @@ from dataset.cache import LatentCache
 from dataset.job import EditJob, load_job
 from dataset.resize import Grid
 from dataset.triple import EncodedTriple, Triple
-from loraedit_ext import lora, pieces, plan, regimes
+from loraedit_ext import lora, pieces, plan, regimes, state
 from loraedit_ext import run as runs
 from loraedit_ext.config import Family, RunConfig, StageSettings
 from loraedit_ext.doctor import ram
@@ -116,7 +116,7 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     check_backend(config.attention_backend)
     check_writable(config.output_dir)
     model = build_model(config, world.device)
-    _check_beginning(config, model)
+    resumed = _check_beginning(config, model)
     job = open_job(config, model)
     stages = plan.stages(config, job)
     triples = plan.triples(job, stages)
@@ -129,16 +129,18 @@ def prepare(config: RunConfig, world: World) -> Prepared:
         cached = sum(identity(model, t, config.mask_rule) in cache for group in triples.values() for t in group)
         machine = this_machine(world)
         print(plan.describe(config, job, model, stages, triples, cached, transformer, replicas, machine), flush=True)
+        if resumed:
+            print(plan.describe_resume(resumed, state.load_facts(resumed)["step"], stages), flush=True)
         if prepared.preview:
             print(describe_preview(prepared.preview, config, job, model), flush=True)
     return prepared
 
 
-def _check_beginning(config: RunConfig, model: I2VModel) -> None:
-    """Refuse a state or a LoRA to begin with that is not there, before anything is encoded or loaded."""
-    runs.to_resume(config)
+def _check_beginning(config: RunConfig, model: I2VModel) -> Path | None:
+    """Refuse a state or a LoRA to begin with that is not there, before anything is encoded or loaded; returns the state."""
     if existing := config.adapter.init_from_existing:
         lora.check_model(lora.read(existing, model), model)
+    return runs.to_resume(config)
 
 
 def this_machine(world: World) -> plan.Machine:

@@ -17,6 +17,7 @@ from dataset.triple import Triple
 from loraedit_ext import forecast, guidance, pieces, regimes
 from loraedit_ext.compositing import is_laid_back, result_size
 from loraedit_ext.config import ATTENTION, OFFLOAD, EditSettings, RunConfig, StageSettings
+from loraedit_ext.optim import lr_factor
 from loraedit_ext.sampling import computed_steps
 from models.base import I2VModel
 from models.blocks import PIECE
@@ -277,6 +278,14 @@ def clip_notes(job: EditJob, model: I2VModel, at_once: int) -> Iterator[str]:
                "(edit.clip_frames), take fewer frames, or cover the same time with a larger `every`")  # fmt: skip
 
 
+def warmup_notes(config: RunConfig, chosen: Sequence[StageSettings]) -> Iterator[str]:
+    """A warm-up that does not end within the run."""
+    if config.warmup_steps > (total := sum(stage.steps for stage in chosen)):
+        reached = config.optimizer.lr * lr_factor(total - 1, total, config.lr_scheduler, config.warmup_steps)
+        yield (f"warmup_steps = {config.warmup_steps} is longer than the run, {total} steps: its learning rate grows to "
+               f"{reached:.2g}, not to optimizer.lr = {config.optimizer.lr:g}; lower warmup_steps")  # fmt: skip
+
+
 def describe(
     config: RunConfig, job: EditJob, model: I2VModel, chosen: Sequence[StageSettings],
     samples: Mapping[regimes.Regime, Sequence[Triple]], cached: int, transformer: nn.Module, replicas: int,
@@ -304,7 +313,7 @@ def describe(
         *([f"levels    noise levels from {config.model.min_t:g} to {config.model.max_t:g}"] * bool(config.model.expert)),
         *(f"job       {choice}" for choice in job.choices),
         describe_sampling(config.edit), describe_result(job, config.edit), *pieces.describe(planned),
-        *(f"note      {note}" for note in clip_notes(job, model, at_once)),
+        *(f"note      {note}" for note in (*clip_notes(job, model, at_once), *warmup_notes(config, chosen))),
         *(f"samples   {regime}: {', '.join(group)}" for regime, group in names.items()),
         f"latents   {tokens} tokens in the largest sample; cache: {cached} of {total} samples are there",
         *(f"stage     {stage.name}: {stage.steps} steps, {per_step} sample(s) a step, mix "
@@ -363,8 +372,14 @@ def describe_sampling(settings: EditSettings, processes: int = 1) -> str:
     return f"sampling  {computed}{of} steps x {guidance.count(settings)} pass(es){turns}, {settings.sampler}"
 
 
+def describe_resume(folder: Path, done: int, chosen: Sequence[StageSettings]) -> str:
+    """From which step of how many a run goes on."""
+    left = max(0, sum(stage.steps for stage in chosen) - done)
+    return f"resumes   {folder}, at step {done}: {left or 'no'} steps are left"
+
+
 def describe_files(run: Path, chosen: Sequence[StageSettings], done: int = 0) -> str:
     """Files that the run will write from step `done` on."""
-    ends = accumulate(stage.steps for stage in chosen)
-    steps = ", ".join(f"step{end}/ and global_step{end}/" for end in ends if end > done)
-    return f"writes    {run}: {steps}, latest, config.json, metrics.jsonl, tensorboard events"
+    ends = [end for end in accumulate(stage.steps for stage in chosen) if end > done]
+    steps = [*(f"step{end}/ and global_step{end}/" for end in ends), *(["latest"] * bool(ends))]
+    return f"writes    {run}: " + ", ".join([*steps, "config.json", "metrics.jsonl", "tensorboard events"])

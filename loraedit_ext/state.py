@@ -91,15 +91,16 @@ def find(run: Path) -> Path:
     if not run.is_dir():
         raise UserError(f"{run}: no such folder, expected a run to resume, or a global_stepN in one. Give an existing one.")
     latest = run / LATEST
-    folder = run / latest.read_text().strip() if latest.is_file() else None
-    if folder is None or not (folder / "state.json").is_file():
+    name = latest.read_text().strip() if latest.is_file() else None
+    if not name or not (run / name / "state.json").is_file():
+        problem = "no file `latest`" if name is None else f"{name} is not whole" if name else "its file `latest` is empty"
         there = sorted(p.name for p in run.glob("*step*"))
-        raise UserError(
-            f"{run}: nothing to resume: {'no file `latest`' if folder is None else f'{folder.name} is not whole'}. "
-            f"Found: {', '.join(there) or 'no checkpoint'}. "
+        whole = sorted((p.parent for p in run.glob("global_step*/state.json")), key=lambda p: (len(p.name), p.name))
+        cure = f"Whole is {whole[-1]}: name it as the one to resume." if whole else (
             "A LoRA alone (stepN) continues by adapter.init_from_existing."
         )
-    return folder
+        raise UserError(f"{run}: nothing to resume: {problem}. Found: {', '.join(there) or 'no checkpoint'}. {cure}")
+    return run / name
 
 
 def is_newest(folder: Path) -> bool:
@@ -138,6 +139,10 @@ def _load_layer(path: Path, weights: Mapping[str, nn.Parameter], optimizer: torc
             entries = tensors | json.loads(file.metadata()["numbers"])
     except (OSError, SafetensorError, TypeError, KeyError) as error:
         raise UserError(f"{path}: unreadable training state ({error}). Resume from another checkpoint.") from error
+    theirs = {key.removesuffix("/weight") for key in tensors if key.endswith("/weight")}
+    if other := min(theirs - weights.keys(), default=None):
+        raise UserError(f"{path}: weight {other}: this run does not train it. Set the adapter.exclude_modules that the state "
+                        "was made with, or start a new run.")  # fmt: skip
     optimizer.param_groups[0].update(_under(GROUP, entries))
     for name, parameter in weights.items():
         value = tensors.get(f"{name}/weight")
@@ -145,7 +150,7 @@ def _load_layer(path: Path, weights: Mapping[str, nn.Parameter], optimizer: torc
             found = "nothing" if value is None else f"shape {tuple(value.shape)}"
             raise UserError(
                 f"{path}: weight {name}: expected shape {tuple(parameter.shape)}, found {found}. "
-                "The checkpoint is of another model or adapter.rank."
+                "The checkpoint is of another model, adapter.rank or adapter.exclude_modules."
             )
         parameter.data.copy_(value)
         values = {key: value for key, value in _under(name, entries).items() if key != "weight"}

@@ -346,6 +346,35 @@ def test_nothing_to_resume_is_told_with_what_is_there(edit_folder):
     (run / "latest").unlink()
     with pytest.raises(UserError, match=r"no file `latest`.*global_step3, global_step6"):
         train(edit_folder, f"resume_from_checkpoint={run}")
+    (run / "latest").touch()
+    with pytest.raises(UserError, match=r"its file `latest` is empty.* Whole is .*global_step6: name it"):
+        train(edit_folder, f"resume_from_checkpoint={run}")
+
+
+def test_the_plan_says_from_which_step_a_run_goes_on_and_what_it_will_write(edit_folder, capsys):
+    train(edit_folder)
+    (run,) = edit_folder.runs()
+    assert "resumes" not in capsys.readouterr().out
+    launch.train(load_config(edit_folder.config, [f"resume_from_checkpoint={run / 'global_step3'}"]), dry_run=True)
+    assert f"resumes   {run / 'global_step3'}, at step 3: 3 steps are left" in capsys.readouterr().out
+    train(edit_folder, "resume_from_checkpoint=true")
+    out = capsys.readouterr().out
+    assert f"resumes   {run / 'global_step6'}, at step 6: no steps are left" in out
+    assert f"writes    {run}: config.json, metrics.jsonl, tensorboard events" in out
+
+
+def test_a_warm_up_that_the_run_does_not_reach_the_end_of_is_told(edit_folder, capsys):
+    for steps, told in ((6, False), (60, True)):
+        launch.train(load_config(edit_folder.config, [f"warmup_steps={steps}", "optimizer.lr=1e-3"]), dry_run=True)
+        note = "warmup_steps = 60 is longer than the run, 6 steps: its learning rate grows to 0.0001, not to"
+        assert (note in capsys.readouterr().out) == told
+
+
+def test_a_state_is_resumed_with_the_linears_that_it_was_made_with(edit_folder):
+    train(edit_folder)
+    (run,) = edit_folder.runs()
+    with pytest.raises(UserError, match=r"layer_001\.safetensors: weight .*ffn\.0\.lora_A\.weight: this run does not train it"):
+        train(edit_folder, f"resume_from_checkpoint={run / 'global_step3'}", "adapter.exclude_modules=['ffn.0']")
 
 
 def test_a_checkpoint_of_another_rank_or_optimizer_is_refused(edit_folder):
