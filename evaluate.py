@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from loraedit_ext import cli
 
@@ -20,9 +19,9 @@ HELP = {
 def main(arguments: list[str] | None = None) -> int:
     """Parse, build, run."""
     parser = cli.parser("Judge an edit against its source, mask and edited first frame.", config_required=False)
-    parser.add_argument("--edit", type=Path, metavar="FOLDER", help="with --config: edit to judge; default: the newest")
+    parser.add_argument("--edit", type=cli.path, metavar="FOLDER", help="with --config: edit to judge; default: the newest")
     for name in (*REQUIRED, *OPTIONAL):
-        parser.add_argument(f"--{name}", type=Path, metavar="PATH", help=HELP[name])
+        parser.add_argument(f"--{name}", type=cli.path, metavar="PATH", help=HELP[name])
     parser.add_argument("--suite", choices=["scenes"], help="run the benchmark; its knobs are suite.KEY=value")
     parser.add_argument("--quick", action="store_true", help="with --suite: a subset that takes a few minutes")
     options = parser.parse_intermixed_args(arguments)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from loraedit_ext import cli
 
@@ -15,8 +14,8 @@ from loraedit_ext import cli
 def main(arguments: list[str] | None = None) -> int:
     """Parse, build, run."""
     parser = cli.parser("Propagate the edited first frame through the video with a trained LoRA.")
-    parser.add_argument("--lora", type=Path, metavar="FILE", help="LoRA to use; default: the newest in output_dir")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: a folder beside the LoRA")
+    parser.add_argument("--lora", type=cli.path, metavar="FILE", help="LoRA to use; default: the newest in output_dir")
+    parser.add_argument("--out", type=cli.path, metavar="FOLDER", help="where to write; default: a folder beside the LoRA")
     parser.add_argument(
         "--seeds", type=cli.integers, metavar="N,N,...",
         help="edit once with each, in place of edit.seed; results lie side by side (in FOLDER/seed_N with --out)",

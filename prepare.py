@@ -38,8 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("--source", type=Path, required=True, metavar="PATH", help="video, or folder of images")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the job's folder, made if need be")
+    parser.add_argument("--source", type=cli.path, required=True, metavar="PATH", help="video, or folder of images")
+    parser.add_argument("--out", type=cli.path, required=True, metavar="FOLDER", help="the job's folder, made if need be")
     parser.add_argument(
         "--edited", type=_at_path, action="append", metavar="[FRAME:]PICTURE",
         help="an edited frame at the source's size, without a number the first; later ones guide how the edit looks there",
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the same as a picture, white = edit (from an image editor, ...)",
     )
     parser.add_argument(
-        "--sam", type=Path, metavar="FOLDER",
+        "--sam", type=cli.path, metavar="FOLDER",
         help="follow the region by SAM 2 instead of optical flow: a checkpoint on disk, e.g. of facebook/sam2.1-hiera-large",
     )
     parser.add_argument(
@@ -74,10 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--caption", metavar="TEXT", help="what the source shows, for job.toml")
     parser.add_argument("--edited_caption", metavar="TEXT", help="what the edited frame shows")
     parser.add_argument(
-        "--captioner", type=Path, metavar="FOLDER",
+        "--captioner", type=cli.path, metavar="FOLDER",
         help="write the captions that are not given by a vision-language model: a checkpoint on disk, e.g. SmolVLM, Florence-2",
     )
-    parser.add_argument("--ckpt", type=Path, metavar="FOLDER", help="the model's weights, for edit.toml")
+    parser.add_argument("--ckpt", type=cli.path, metavar="FOLDER", help="the model's weights, for edit.toml")
     parser.add_argument("--model", choices=get_args(Family), help="the model's family, for edit.toml (default: wan)")
     parser.add_argument(
         "--overwrite", action="store_true", default=None, help="replace masks and frames that were changed by hand, too",
@@ -116,7 +116,7 @@ def _pixel(text: str) -> tuple[int, tuple[int, int]]:
 
 def _at_path(text: str) -> tuple[int, Path]:
     frame, path = _at_frame(text)
-    return frame, Path(path)
+    return frame, cli.path(path)
 
 
 if __name__ == "__main__":

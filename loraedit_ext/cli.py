@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from common.errors import UserError
+from common.files import placed
 from loraedit_ext.config import EvaluationSettings, RunConfig, load_config, load_evaluation
 
 MEMORY_HELP = (
@@ -35,7 +36,7 @@ def parser(description: str, config_required: bool = True) -> argparse.ArgumentP
     """Flags that every verb has; knobs live in the TOML. Parse intermixed: overrides stand anywhere among the flags."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument(
-        "--config", type=Path, required=config_required, metavar="TOML", help="the run's TOML (see examples/)"
+        "--config", type=path, required=config_required, metavar="TOML", help="the run's TOML (see examples/)"
     )
     parser.add_argument("--traceback", action="store_true", help="show the traceback of a user error")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
@@ -45,6 +46,14 @@ def parser(description: str, config_required: bool = True) -> argparse.ArgumentP
 def integers(text: str) -> list[int]:
     """The type of a flag that takes whole numbers with commas between them; one that stands twice counts once."""
     return list(dict.fromkeys(int(part) for part in text.split(",")))
+
+
+def path(text: str) -> Path:
+    """A path on the command line, in which shells leave `~` as it is behind `--out=` and in quotes."""
+    try:
+        return placed(Path(text), Path())
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def read_config(options: argparse.Namespace) -> RunConfig:

@@ -32,8 +32,8 @@ def convert(source: Path, target: Path, to: lora_formats.Export) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, convert, say what was done."""
     parser = argparse.ArgumentParser("convert_lora", description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, metavar="IN", help="a LoRA of any tool, or a folder that holds one")
-    parser.add_argument("target", type=Path, metavar="OUT", help="file to write")
+    parser.add_argument("source", type=cli.path, metavar="IN", help="a LoRA of any tool, or a folder that holds one")
+    parser.add_argument("target", type=cli.path, metavar="OUT", help="file to write")
     parser.add_argument("--to", choices=lora_formats.EXPORTS, default="comfyui")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of a user error")
     options = parser.parse_args(arguments)

@@ -239,7 +239,7 @@ def _progress(metrics: Path) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, look, say."""
     parser = argparse.ArgumentParser("inspect", description=__doc__.splitlines()[0])
-    parser.add_argument("path", type=Path, metavar="FILE_OR_FOLDER")
+    parser.add_argument("path", type=cli.path, metavar="FILE_OR_FOLDER")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of a user error")
     options = parser.parse_args(arguments)
     return cli.guarded(lambda: print("\n".join(describe(options.path))), options.traceback)

@@ -6,6 +6,7 @@ The result is the transformer alone, in the original names and dtype, as shards:
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -86,18 +87,21 @@ def _merged(name: str, entry: Entry, combined: lora.LoraFile) -> Callable[[], Te
 def _stacked(text: str) -> tuple[Path, float]:
     path, found, strength = text.rpartition("=")
     try:
-        return (Path(path), float(strength)) if found else (Path(text), 1.0)
+        value = float(strength) if found else 1.0
     except ValueError:
-        return Path(text), 1.0
+        return cli.path(text), 1.0
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text}: a strength of {value}, expected a finite number, e.g. {path}=0.8")
+    return cli.path(path if found else text), value
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, merge, say what was done."""
     parser = argparse.ArgumentParser("merge_lora", description=__doc__.splitlines()[0])
-    parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder, transformer folder or file")
+    parser.add_argument("--ckpt", type=cli.path, required=True, help="checkpoint folder, transformer folder or file")
     parser.add_argument("--lora", type=_stacked, action="append", required=True, metavar="FILE[=STRENGTH]",
                         help="may be given several times")
-    parser.add_argument("--out", type=Path, required=True, help="new folder for the merged transformer")
+    parser.add_argument("--out", type=cli.path, required=True, help="new folder for the merged transformer")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of a user error")
     options = parser.parse_args(arguments)
     return cli.guarded(

@@ -232,7 +232,7 @@ def run_sweep(path: Path, overrides: Mapping[str, Any] | None = None) -> list[Tr
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run; 1 if a trial failed."""
     parser = argparse.ArgumentParser(description="Grid or random search over any keys and over several edit jobs.")
-    parser.add_argument("sweep", type=Path, metavar="sweep.toml", help="what to vary (see examples/sweep.toml)")
+    parser.add_argument("sweep", type=cli.path, metavar="sweep.toml", help="what to vary (see examples/sweep.toml)")
     parser.add_argument("--engine", choices=["local", "ray"], help="instead of the one that sweep.toml names")
     parser.add_argument("--address", metavar="HOST:PORT", help="of the Ray cluster; also `auto`, or `local` for one's own")
     options = parser.parse_args(arguments)

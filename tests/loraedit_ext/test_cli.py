@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import evaluate
 import inference
+import prepare
 import train
-from loraedit_ext import launch
+from loraedit_ext import cli, launch
 from loraedit_ext.evaluation import run
 
 
@@ -44,6 +47,18 @@ def test_an_override_behind_the_flag_to_resume_is_no_run(edit_folder, told, monk
         assert train.main(["--config", "edit.toml", "--resume_from_checkpoint", *words]) == 0
         settings = told.pop()
         assert (settings.resume_from_checkpoint, settings.stage[0].steps) == (resumed, steps)
+
+
+def test_a_home_folder_is_found_where_the_shell_leaves_it_as_it_is(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.path("~/jobs/a") == tmp_path / "jobs" / "a"
+    assert cli.path("jobs/~a") == Path("jobs/~a")
+    for verb, arguments in ((inference, ["--config=~nobody-of-this-name/x"]),
+                            (prepare, ["--source=x", "--out=~nobody-of-this-name/x"]),
+                            (prepare, ["--source=x", "--out=x", "--edited=3:~nobody-of-this-name/x"])):  # fmt: skip
+        with pytest.raises(SystemExit):
+            verb.main(arguments)
+        assert "~nobody-of-this-name/x: no such home folder" in capsys.readouterr().err
 
 
 def test_what_is_no_flag_is_still_refused(edit_folder, told, capsys):

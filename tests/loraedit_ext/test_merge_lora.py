@@ -111,6 +111,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tiny_wan, tmp_p
         merge_lora.merge(tiny_wan, [(good, 1.0)], tiny_wan)
 
 
+@pytest.mark.parametrize("strength", ["nan", "-inf"])
+def test_a_strength_is_finite(tmp_path, capsys, strength):
+    with pytest.raises(SystemExit):
+        merge_lora.main(["--ckpt", "x", "--lora", f"a={strength}", "--out", str(tmp_path / "out")])
+    assert f"a strength of {strength}, expected a finite number, e.g. a=0.8" in capsys.readouterr().err
+
+
 def test_shards_are_safetensors_to_the_byte(tmp_path):
     state = {"a": torch.randn(3, 5).bfloat16(), "b": torch.tensor(2.0), "c": torch.randn(7, 1).to(torch.float8_e4m3fn),
              "d": torch.zeros(0, 4), "e": torch.arange(6)}
