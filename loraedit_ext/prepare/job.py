@@ -148,6 +148,9 @@ def _told(
         lines.append(f"clicks    frame {frame}: {on} on the object, {off} off it")
     cover = grey.mean((1, 2)) / 2.55
     lines.append(f"mask      {cover.mean():.1f} % of the picture on average, {cover.min():.1f} to {cover.max():.1f} %")
+    if cover.min() == 100:
+        lines.append("note      the mask marks all of every frame: nothing is left to preserve, and training on motion will "
+                     "refuse it. Give a smaller region or --margin")  # fmt: skip
     words = _WORDS[request.sam is not None]
     if gone := [int(index) for index in np.flatnonzero(~grey.any((1, 2))) if index not in by_hand]:
         lines.append(f"note      nothing is marked in frames {_spans(gone)}: {words.gone}")
@@ -260,10 +263,18 @@ def _next(request: Request, folder: JobFolder) -> list[str]:
         region = "" if (out / JOB).exists() else ", or give the region with --box or --painted"
         return [*later, f"next      edit {out / FRAME} with any image editor, keep its size, save it under another name, and "
                 f"run the same command with --edited PICTURE{region}"]  # fmt: skip
-    lines = [*_about_captions(out), *later, f"next      look at {out / SHEET} or {out / PREVIEW}, then:"]
+    notes = [*_about_captions(out), *_about_weights(request)]
+    lines = [*notes, *later, f"next      look at {out / SHEET} or {out / PREVIEW}, then:"]
     if folder.is_ours(EDIT) and "ckpt_path" not in read_toml(out / EDIT)["model"]:
         lines.append(f"          fill in ckpt_path in {out / EDIT}, or run the same command with --ckpt FOLDER")
     return lines + [f"          {command}" for command in _commands(out / EDIT)]
+
+
+def _about_weights(request: Request) -> list[str]:
+    """A word on weights that are not there: they may be on the machine that trains."""
+    if request.ckpt is None or request.ckpt.exists():
+        return []
+    return [f"note      --ckpt {request.ckpt}: no such folder on this machine; training needs it there"]
 
 
 def _about_captions(out: Path) -> list[str]:

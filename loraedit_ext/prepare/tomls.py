@@ -138,5 +138,5 @@ def _relative(path: Path, folder: Path) -> str:
 
 
 def _text(words: str) -> str:
-    """A TOML string."""
-    return json.dumps(words, ensure_ascii=False)
+    """A TOML string: JSON's, but that TOML wants DEL escaped too."""
+    return json.dumps(words, ensure_ascii=False).replace("\x7f", r"\u007f")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,6 +177,24 @@ def test_frames_outside_the_clip_have_black_masks_and_the_job_says_which_it_uses
     job = load_job(folder / "job" / "job.toml", Grid())
     assert (job.start, len(job.frames)) == (3, 5)
     assert np.array_equal(job.grey_mask, grey[3:8])
+
+
+def test_a_mask_of_everything_is_told(folder):
+    edited = {0: folder / "edited.png"}
+    for margin, told in ((0.1, False), (50, True)):
+        lines = prepare(request(folder, edited=edited, margin=margin))
+        assert any("marks all of every frame: nothing is left to preserve" in line for line in lines) == told
+
+
+def test_weights_that_are_not_there_are_told(folder):
+    for ckpt, told in ((folder, False), (folder / "typo", True)):
+        lines = prepare(request(folder, edited={0: folder / "edited.png"}, ckpt=ckpt))
+        assert any(f"--ckpt {folder / 'typo'}: no such folder on this machine" in line for line in lines) == told
+
+
+def test_a_caption_of_any_characters_is_read_back(folder):
+    caption = "a \x7f\x1f\x80 \"b\" \\ 'c'\t\u2028d"
+    assert tomllib.loads(job_toml(request(folder, caption=caption), 13))["caption"] == caption
 
 
 def test_an_edit_beyond_the_region_is_told(folder):
