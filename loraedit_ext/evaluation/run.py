@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from common.files import write_json_atomic
+from common.files import check_writable, write_json_atomic
 from loraedit_ext import run as runs
 from loraedit_ext.config import EvaluationSettings, RunConfig, load_config
 from loraedit_ext.evaluation.judge import Evaluation, judge, table
@@ -38,6 +38,7 @@ def evaluate_edit(config: RunConfig, config_path: Path, edit: Path | None, out: 
     folder = edit or newest_edit(config)
     if not edit:
         print(f"edit      {folder}, made last; --edit FOLDER judges another", flush=True)
+    check_writable(out or folder)
     subject = from_edit(config, folder)
     out = _evaluate(subject, config.evaluation, out or folder, commands_of(subject, config_path))
     values = json.loads((out / RESULT).read_text(encoding="utf-8"))["metrics"]
@@ -49,6 +50,7 @@ def evaluate_edit(config: RunConfig, config_path: Path, edit: Path | None, out: 
 
 def evaluate_files(files: Files, settings: EvaluationSettings, out: Path) -> Path:
     """Judge the output of any tool; returns the folder written to."""
+    check_writable(out)
     return _evaluate(from_files(files), settings, out, [("evaluate", this_command())])
 
 

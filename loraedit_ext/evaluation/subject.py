@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,11 @@ class Subject:
     @property
     def result(self) -> Compared:
         return Compared(self.edited, self.source, self.preserve)
+
+
+_NEEDED = ("job.size", "job.crop", "job.frames", "job.start", "job.hashes", "config.edit.output", "config.edit.composite",
+           "lora.path", "command")  # fmt: skip
+"""What of an edited.json is read here and for the report."""
 
 
 def newest_edit(config: RunConfig) -> Path:
@@ -134,9 +141,15 @@ def _run_of(folder: Path, adapter: Path) -> Path:
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: could not be read ({error}), expected what inference.py writes.") from error
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for keys in _NEEDED:
+            reduce(getitem, keys.split("."), record)
+    except OSError as error:
+        raise UserError(f"{path}: could not be read ({error.strerror}), expected what inference.py writes.") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: is not what inference.py writes ({error!r}). Give the folder of an edit, or run inference.py "
+                        "again.") from error  # fmt: skip
+    return record
 
 
 def _check_unchanged(job: EditJob, then: dict[str, str], folder: Path) -> None:

@@ -31,7 +31,7 @@ from dataset.video_writer import write_images, write_lossless
 from loraedit_ext import results
 from loraedit_ext.config import EvaluationSettings, load_config, load_evaluation
 from loraedit_ext.editor import Edit
-from loraedit_ext.evaluation import report
+from loraedit_ext.evaluation import report, run
 from loraedit_ext.evaluation.catalogue import METRICS
 from loraedit_ext.evaluation.charts import Series, line_chart, ticks
 from loraedit_ext.evaluation.judge import judge
@@ -181,6 +181,22 @@ def test_an_edit_of_other_files_is_refused(folder, run_folder, tmp_path, edited,
     write_png(copy / "first.png", edited[0] // 2)
     assert evaluate.main(["--config", str(copy / "edit.toml")]) == 2
     assert "edited_frame.0 changed since" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"job": 3}', '{"job": {"size": [1, 1]}}', "{"])
+def test_a_record_that_is_none_is_told(folder, tmp_path, text, capsys):
+    (tmp_path / "edited.json").write_text(text)
+    assert evaluate.main(["--config", str(folder / "edit.toml"), "--edit", str(tmp_path)]) == 2
+    assert f"{tmp_path / 'edited.json'}: is not what inference.py writes" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_anything_is_judged(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "judge", None)
+    (tmp_path / "file").touch()
+    assert evaluate.main(["--config", str(folder / "edit.toml"), "--out", str(tmp_path / "file")]) == 2
+    assert "cannot be a folder" in capsys.readouterr().err
+    with pytest.raises(UserError, match="cannot be a folder"):
+        run.evaluate_files(Files(*[folder] * 4), EvaluationSettings(), tmp_path / "file")
 
 
 def test_any_tools_files_are_judged(folder, tmp_path):
