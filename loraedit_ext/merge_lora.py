@@ -21,7 +21,7 @@ from loraedit_ext.transformers_on_disk import open_transformer
 from models.checkpoint import Entry, release_pages
 from models.parts import TRANSFORMER_STEM
 from models.shards import SHARD_BYTES, Planned, write_shards
-from models.wan.checkpoint import WanTransformerFiles
+from models.wan.checkpoint import WanTransformerFiles, expert_of
 
 
 def merge(
@@ -40,20 +40,31 @@ def merge(
     family, files = open_transformer(checkpoint)
     tensors = files.transformer_tensors()
     names = lora_formats.names_of(family)
-    combined = lora.combine([(lora.read_of(path, names), strength) for path, strength in stack])
+    read = [(lora.read_of(path, names), strength) for path, strength in stack]
+    for each, _ in read:
+        _check_expert(each, checkpoint)
+    combined = lora.combine(read)
     lora.check_shapes(tensors.shapes, combined)
     planned = [
         Planned(name, entry.shape, _final_dtype(entry), _merged(name, entry, combined))
         for name, entry in tensors.entries.items()
     ]
+    written = write_shards(out, TRANSFORMER_STEM, planned, shard_bytes)
     if isinstance(files, WanTransformerFiles):
         write_json_atomic(out / "config.json", files.config.original_json())
-    written = write_shards(out, TRANSFORMER_STEM, planned, shard_bytes)
     lines = [f"{out}: {len(planned)} tensors in {len(written)} files, {len(combined.ranks)} linears changed by "
              f"{len(stack)} LoRA{'s' if len(stack) > 1 else ''}"]
     if any(_is_8_bit(entry) for entry in tensors.entries.values()):
         lines.append("note: 8-bit weights became bfloat16, since a LoRA is finer than their steps")
     return lines
+
+
+def _check_expert(each: lora.LoraFile, checkpoint: Path) -> None:
+    """Refuse a LoRA of Wan2.2's other expert, whose shapes are the same."""
+    trained_for, found = each.metadata.get("model", {}).get("expert"), expert_of(checkpoint)
+    if trained_for and found and trained_for != found:
+        raise UserError(f"{each.path}: was trained for the expert for {trained_for} noise, and {checkpoint} is the one for "
+                        f"{found} noise. Merge it into the one that it belongs to.")  # fmt: skip
 
 
 def _is_8_bit(entry: Entry) -> bool:

@@ -225,6 +225,12 @@ def expert_folders(root: Path) -> dict[Expert, Path]:
     return {expert: path for expert, paths in places.items() for path in paths if path.is_dir()}
 
 
+def expert_of(transformer: Path) -> Expert | None:
+    """Which expert of a Wan2.2 checkpoint a folder, or a file in it, is; None where the folder does not tell."""
+    folder = (transformer if transformer.is_dir() else transformer.parent).resolve()
+    return next((expert for expert, place in expert_folders(folder.parent).items() if place == folder), None)
+
+
 def _transformer_folders(root: Path | None, given: Path | None, expert: Expert | None) -> list[Path]:
     """Where the checkpoint's transformer may lie."""
     if expert:

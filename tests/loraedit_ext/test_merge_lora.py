@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
-from loraedit_ext import lora, merge_lora
+from loraedit_ext import lora, lora_formats, merge_lora
 from loraedit_ext.wan import MaskedWan
 from models.checkpoint import open_tensors
 from models.shards import Planned, write_shards
@@ -111,6 +112,32 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tiny_wan, tmp_p
         merge_lora.merge(tiny_wan, [(good, 1.0)], tiny_wan)
 
 
+def test_a_lora_of_the_other_expert_is_refused(tiny_wan22, tmp_path):
+    """Both experts of Wan2.2 have the same shapes."""
+    weights = lora.read_of(write_lora(tmp_path / "a.safetensors", modules=["blocks.0.self_attn.q"])).weights
+    trained = lora.LoraFile(tmp_path / "low.safetensors", weights, {"model": {"expert": "low"}})
+    lora.write(trained, trained.path, lora_formats.names_of("wan"))
+    with pytest.raises(UserError, match=r"low\.safetensors: was trained for the expert for low noise, and .*high_noise"):
+        merge_lora.merge(tiny_wan22 / "high_noise_model", [(trained.path, 1.0)], tmp_path / "out")
+    merge_lora.merge(tiny_wan22 / "low_noise_model", [(trained.path, 1.0)], tmp_path / "out")
+
+
+def test_a_disk_that_was_full_leaves_a_folder_that_may_be_written_to_again(tiny_wan, tmp_path, monkeypatch):
+    good = write_lora(tmp_path / "a.safetensors")
+    rename = os.replace
+
+    def full_for_weights(partial, path):
+        if path.suffix == ".safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        rename(partial, path)
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "replace", full_for_weights)
+        with pytest.raises(UserError, match="could not be written"):
+            merge_lora.merge(tiny_wan, [(good, 1.0)], tmp_path / "out")
+    merge_lora.merge(tiny_wan, [(good, 1.0)], tmp_path / "out")
+
+
 @pytest.mark.parametrize("strength", ["nan", "-inf"])
 def test_a_strength_is_finite(tmp_path, capsys, strength):
     with pytest.raises(SystemExit):
@@ -135,7 +162,7 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from loraedit_ext import lora, merge_lora
+from loraedit_ext import lora, lora_formats, merge_lora
 def memory(field):
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
