@@ -23,7 +23,7 @@ from loraedit_ext.doctor import ram
 from loraedit_ext.encode import Unconditional, encode_all, identity
 from loraedit_ext.forecast import product_rate
 from loraedit_ext.hunyuan import MaskedHunyuan
-from loraedit_ext.optim import check_optimizer
+from loraedit_ext.optim import check_optimizer, find_optimizer
 from loraedit_ext.pipeline import World, check_world, distributed, planned_world, together
 from loraedit_ext.preview import Preview, describe_preview, plan_preview
 from loraedit_ext.wan import MaskedWan
@@ -137,10 +137,12 @@ def prepare(config: RunConfig, world: World) -> Prepared:
 
 
 def _check_beginning(config: RunConfig, model: I2VModel) -> Path | None:
-    """Refuse a state or a LoRA to begin with that is not there, before anything is encoded or loaded; returns the state."""
+    """Refuse a state or a LoRA that this run cannot begin with, before anything is encoded or loaded; returns the state."""
     if existing := config.adapter.init_from_existing:
         lora.check_model(lora.read(existing, model), model)
-    return runs.to_resume(config)
+    if resumed := runs.to_resume(config):
+        state.check(resumed, model.describe(), config.adapter.rank, find_optimizer(config.optimizer.type).__name__)
+    return resumed
 
 
 def this_machine(world: World) -> plan.Machine:

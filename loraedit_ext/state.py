@@ -117,6 +117,22 @@ def load_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
+def check(folder: Path, model: Mapping[str, Any], rank: int, optimizer: str) -> dict[str, Any]:
+    """The facts of a state that a run with these can continue.
+
+    Raises:
+        UserError: it is of another model, rank or class of optimizer.
+    """
+    facts = load_facts(folder)
+    if facts["model"] != model or facts["rank"] != rank:
+        raise UserError(f"{folder}: is of another model or rank ({facts['model']}, rank {facts['rank']}) than this run "
+                        f"({model}, rank {rank}).")  # fmt: skip
+    if (theirs := facts.get("optimizer", optimizer)) != optimizer:
+        raise UserError(f"{folder}: holds the state of optimizer {theirs}, this run has {optimizer}, which cannot use it. "
+                        "Set that optimizer.type, or start a new run from the LoRA: adapter.init_from_existing.")
+    return facts
+
+
 def load(
     folder: Path, layers: Mapping[int, Mapping[str, nn.Parameter]], optimizer: torch.optim.Optimizer
 ) -> None:

@@ -147,20 +147,11 @@ class Trainer:
             first += settings.steps
 
     def _resume(self, folder: Path) -> int:
-        facts = state.load_facts(folder)
-        if facts["model"] != self.model.describe() or facts["rank"] != self.config.adapter.rank:
-            raise UserError(
-                f"{folder}: is of another model or rank ({facts['model']}, rank {facts['rank']}) than this run "
-                f"({self.model.describe()}, rank {self.config.adapter.rank})."
-            )
+        facts = state.check(folder, self.model.describe(), self.config.adapter.rank, type(self.optimizer).__name__)
         if facts["step"] >= self.total and not state.is_newest(folder):
             there = folder.parent / f"step{facts['step']}" / lora.EXPORT_NAME
             raise UserError(f"{folder}: is at step {facts['step']}, and the stages end at step {self.total}: nothing is left "
                             f"to train. To edit with what was learned until then: inference.py --lora {there}")  # fmt: skip
-        mine = type(self.optimizer).__name__
-        if (theirs := facts.get("optimizer", mine)) != mine:
-            raise UserError(f"{folder}: holds the state of optimizer {theirs}, this run has {mine}, which cannot use it. "
-                            "Set that optimizer.type, or start a new run from the LoRA: adapter.init_from_existing.")
         state.load(folder, self._weights_by_layer(), self.optimizer)
         return facts["step"]
 

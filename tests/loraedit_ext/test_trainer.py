@@ -378,11 +378,14 @@ def test_a_state_is_resumed_with_the_linears_that_it_was_made_with(edit_folder):
 
 
 def test_a_checkpoint_of_another_rank_or_optimizer_is_refused(edit_folder):
+    """Before anything is encoded or loaded."""
     train(edit_folder)
-    with pytest.raises(UserError, match="another model or rank"):
-        train(edit_folder, "resume_from_checkpoint=true", "adapter.rank=8")
-    with pytest.raises(UserError, match=r"global_step6: .* optimizer AdamW, this run has SGD.*init_from_existing"):
-        train(edit_folder, "resume_from_checkpoint=true", "optimizer.type=sgd")
+    for key, message in (
+        ("adapter.rank=8", "another model or rank"),
+        ("optimizer.type=sgd", r"global_step6: .* optimizer AdamW, this run has SGD.*init_from_existing"),
+    ):
+        with pytest.raises(UserError, match=message):
+            launch.train(load_config(edit_folder.config, ["resume_from_checkpoint=true", key]), dry_run=True)
 
 
 def test_a_run_that_a_person_named_is_not_the_newest(edit_folder, capsys):
