@@ -69,7 +69,7 @@ class Geometry:
 
 
 class Flops(NamedTuple):
-    """Floating-point operations of linears, apart those at the ends of branches (`OutputLinear`), and of attention."""
+    """Floating-point operations: of linears but those at the ends of branches, of these (`OutputLinear`), of attention."""
 
     linears: float
     outputs: float
