@@ -147,9 +147,7 @@ def generated(editor):
 
 
 STORAGES = [
-    [], ["model.dtype=bfloat16"], ["model.transformer_dtype=float8"], ["model.transformer_dtype=int8"],
-    ["model.transformer_dtype=int8", "model.int8_matmul=true"], ["blocks_to_swap=1"],
-    ["blocks_to_swap=2", "model.transformer_dtype=float8"],
+    [], ["model.transformer_dtype=int8", "model.int8_matmul=true"], ["blocks_to_swap=2", "model.transformer_dtype=float8"],
 ]  # fmt: skip
 
 

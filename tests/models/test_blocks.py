@@ -219,7 +219,7 @@ def traced_only(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize("name", ["Wan", "HunyuanVideo, single"])
 def test_compiled_pieces_compute_the_same(monkeypatch, traced_only, name):
     monkeypatch.setattr(blocks, "PIECE", 30)
     part = subject(name)
@@ -234,7 +234,7 @@ def test_compiled_pieces_compute_the_same(monkeypatch, traced_only, name):
         assert torch.allclose(part.block(part.x, part.at), sampled, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["Wan", "HunyuanVideo, single"])
+@pytest.mark.parametrize("name", ["Wan"])
 def test_programs_serve_clips_of_any_length(monkeypatch, name):
     """Whole graphs, few enough that torch does not give up and run the rest without them."""
     monkeypatch.setattr(blocks, "PIECE", 30)
