@@ -14,11 +14,12 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from benchmarks.activations import error
 from benchmarks.wan_step import device_name
 from common.errors import UserError, first_line
 from loraedit_ext.forecast import synchronise
 from models.attention_backend import AttentionBackend, attention_backend
-from models.blocks import PIECE, slices
+from models.blocks import piece_count, slices
 from models.layers import attention
 
 WIDTH = 128
@@ -41,7 +42,7 @@ def main() -> None:
     print(f"{device_name(device)}, torch {torch.__version__}, bf16, {tokens} tokens, {heads} heads of {WIDTH}\n")
     print("| backend | groups of heads | forward ms | backward ms | result off | gradients off |\n|---|---|---|---|---|---|")
     for name in get_args(AttentionBackend):
-        for groups in sorted({1, -(-tokens // PIECE)}):
+        for groups in sorted({1, piece_count(tokens)}):
             print(f"| {name} | {groups} | {row(name, groups, (q, k, v), slope, device)} |", flush=True)
 
 
@@ -53,8 +54,8 @@ def row(name: AttentionBackend, groups: int, qkv: tuple[Tensor, ...], slope: Ten
         with attention_backend(name, strict=True):
             measured = [seconds(qkv, slope, parts, device) for _ in range(ROUNDS)]
             errors = errors_of_a_head(qkv, slope)
-    except (RuntimeError, UserError) as error:
-        return f"– | – | – | {first_line(error)}"
+    except (RuntimeError, UserError) as problem:
+        return f"– | – | – | {first_line(problem)}"
     forward, backward = (1e3 * min(times) for times in zip(*measured, strict=True))
     return f"{forward:.1f} | {backward:.1f} | {errors[0]:.4f} | {errors[1]:.4f}"
 
@@ -79,7 +80,7 @@ def errors_of_a_head(qkv: tuple[Tensor, ...], slope: Tensor) -> tuple[float, flo
     """Of the result and of all gradients, relative to those in fp32 by definition."""
     found, true = (_head([part[:, :, :1].to(dtype) for part in (*qkv, slope)], plain)
                    for dtype, plain in ((slope.dtype, False), (torch.float32, True)))  # fmt: skip
-    return _off(found[:1], true[:1]), _off(found[1:], true[1:])
+    return error(found[:1], true[:1]), error(found[1:], true[1:])
 
 
 def _head(tensors: list[Tensor], plain: bool) -> list[Tensor]:
@@ -91,11 +92,6 @@ def _head(tensors: list[Tensor], plain: bool) -> list[Tensor]:
     else:
         result = attention(*leaves)
     return [result.detach(), *torch.autograd.grad(result, leaves, slope.flatten(2))]
-
-
-def _off(found: list[Tensor], true: list[Tensor]) -> float:
-    a, b = (torch.cat([tensor.flatten().double() for tensor in tensors]) for tensors in (found, true))
-    return float((a - b).norm() / b.norm())
 
 
 if __name__ == "__main__":

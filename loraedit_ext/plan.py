@@ -20,7 +20,7 @@ from loraedit_ext.config import ATTENTION, OFFLOAD, EditSettings, RunConfig, Sta
 from loraedit_ext.optim import lr_factor
 from loraedit_ext.sampling import computed_steps
 from models.base import I2VModel
-from models.blocks import PIECE
+from models.blocks import piece_count
 from models.layers import PipelineLayer
 from models.offload import ON_DEVICE
 from models.streaming import BUFFERS, streamed_blocks
@@ -121,7 +121,7 @@ def predict_memory(
     trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     compute = torch.finfo(getattr(torch, config.model.dtype)).bits // 8
     values = tokens * width * config.micro_batch_size_per_gpu
-    share, pieces = 1 / config.pipeline_stages, -(-tokens // PIECE)
+    share, pieces = 1 / config.pipeline_stages, piece_count(tokens)
     kept, inputs, offloaded = _kept(config, values * compute, values * STREAM_BYTES, blocks)
     of_piece = PIECE_ROWS + INTEGER_ROWS * config.model.int8_matmul
     working = values * compute * max(WORKING_ROWS + of_piece / pieces, ATTENDING_ROWS)

@@ -110,6 +110,11 @@ class TransformerBlock(ABC, nn.Module, Generic[Conditions]):
         return *self.turn(q, k, at), v
 
 
+def piece_count(tokens: int) -> int:
+    """In how many pieces so many tokens are gone through."""
+    return -(-tokens // PIECE)
+
+
 def slices(start: int, stop: int, most: int) -> list[slice]:
     """A range in the fewest parts of at most so many, as even as can be."""
     count = -(-(stop - start) // most)

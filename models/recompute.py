@@ -175,7 +175,7 @@ class _Attention:
         """Heads, and their result (B, N, h*d)."""
         tokens, heads = qkv[0].shape[1:3]
         with self._inputs.building():
-            for group in slices(0, heads, -(-heads // -(-tokens // blocks.PIECE))):
+            for group in slices(0, heads, -(-heads // blocks.piece_count(tokens))):
                 (result,), graph = _traced(partial(block.attend, at=at), *(part[:, :, group] for part in qkv))
                 self._groups.append((group, result, graph))
 
