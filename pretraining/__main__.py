@@ -36,8 +36,8 @@ def recipe(out: Path, scale: float, size: int, device: str, compiled: bool, reco
         recorded: replay the transformer's steps as CUDA graphs.
     """
 
-    def count(full: int) -> int:
-        return max(2, round(full * scale))
+    def count(full: int, least: int = 2) -> int:
+        return max(least, round(full * scale))
 
     to, on = shlex.quote(str(out)), f"--device {device}"
     training = f"{on} --compile" if compiled else on
@@ -51,7 +51,7 @@ def recipe(out: Path, scale: float, size: int, device: str, compiled: bool, reco
         f"--latents {to}/latents-{large} {to}/latents-{size} --vae {to}/frozen.pt {training}{' --graphs' if recorded else ''}",
         f"vae --out {to}/decoder --start {to}/frozen.pt --decoder-only --steps {count(3000)} {training}",
         f"export --vae {to}/decoder/vae.pt --transformer {to}/transformer/transformer.pt --out {to}/tiny-wan-i2v",
-        f"evaluate {to}/tiny-wan-i2v --out {to}/evaluation --clips {count(64)} --rows {count(10)} --size {large} "
+        f"evaluate {to}/tiny-wan-i2v --out {to}/evaluation --clips {count(64, 1)} --rows {count(10, 1)} --size {large} "
         f"--guidance 2 {on}",
     ]
 

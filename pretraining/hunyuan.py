@@ -121,8 +121,8 @@ def main() -> None:
                         help="folders of encoded clips (pretraining.latents)")
     parser.add_argument("--batch", type=int, default=Options.batch)
     options = Options(**vars(parser.parse_args()))
-    loop.start(options.device, options.threads)
-    loop.run(HunyuanTraining(options))
+    with loop.started(options.device, options.threads):
+        loop.run(HunyuanTraining(options))
 
 
 if __name__ == "__main__":

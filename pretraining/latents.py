@@ -238,12 +238,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="stop after this long; run again to go on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    loop.start(options.device)
-    vae, conditioner = load_vae(options.vae, options.device), Conditioner()
-    shards = range(options.first, options.first + options.shards)[replicas.own()]
-    fill(
-        options.out, lambda scenes: encode_scenes(vae, conditioner, scenes, FUTURES, options.size), shards, options.minutes
-    )
+    with loop.started(options.device):
+        vae, conditioner = load_vae(options.vae, options.device), Conditioner()
+        shards = range(options.first, options.first + options.shards)[replicas.own()]
+        fill(
+            options.out, lambda scenes: encode_scenes(vae, conditioner, scenes, FUTURES, options.size), shards,
+            options.minutes,
+        )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import argparse
 import math
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -221,10 +223,12 @@ def existing(text: str) -> Path:
     return path
 
 
-def start(device: str, threads: int = 1) -> None:
-    """What every command of this package does first: limit its threads, meet the other processes."""
+@contextmanager
+def started(device: str, threads: int = 1) -> Iterator[None]:
+    """Around what every command of this package does: few threads, among the other processes."""
     limit_threads(device, threads)
-    replicas.join(device)
+    with replicas.joined(device):
+        yield
 
 
 def limit_threads(device: str, threads: int = 1) -> None:

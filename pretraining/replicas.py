@@ -7,7 +7,8 @@ processes; their gradients are averaged.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -19,14 +20,24 @@ from common import with_parent
 T = TypeVar("T")
 
 
-def join(device: str) -> None:
-    """Meet the others if torchrun started this process. Call it first; `device` is "cpu" or "cuda"."""
+@contextmanager
+def joined(device: str) -> Iterator[None]:
+    """Among the others, if torchrun started this process; `device` is "cpu" or "cuda".
+
+    Leaves the group behind it: a process that ends inside while others work on is now and then aborted by gloo's threads,
+    and torchrun then ends the others.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
         return
     with_parent.end_with(os.getppid())  # a killed torchrun would leave its processes waiting for each other
     if device != "cpu":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def rank() -> int:

@@ -272,8 +272,8 @@ def main() -> None:
                         help="share of the steps on windows of half the size, four times as many a step")
     parser.add_argument("--graphs", action="store_true", help="on one GPU, replay steps as CUDA graphs")
     options = Options(**vars(parser.parse_args()))
-    loop.start(options.device, options.threads)
-    loop.run(TransformerTraining(options))
+    with loop.started(options.device, options.threads):
+        loop.run(TransformerTraining(options))
 
 
 if __name__ == "__main__":

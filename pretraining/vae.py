@@ -181,8 +181,8 @@ def main() -> None:
     parser.add_argument("--shifted", type=float, default=0.0, metavar="SHARE",
                         help="share of steps on latents moved by a part of a latent, e.g. 0.6 (pretraining/shift.py)")
     options = Options(**vars(parser.parse_args()))
-    loop.start(options.device, options.threads)
-    loop.run(VAETraining(options))
+    with loop.started(options.device, options.threads):
+        loop.run(VAETraining(options))
 
 
 if __name__ == "__main__":

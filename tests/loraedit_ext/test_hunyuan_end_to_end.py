@@ -15,7 +15,7 @@ from loraedit_ext import launch
 from loraedit_ext.config import load_config
 from tests.conftest import write_edit_folder
 from tests.loraedit_ext.test_processes import assert_close, numbers
-from tests.loraedit_ext.test_processes import launch as launch_processes
+from tests.processes import launch as launch_processes
 
 
 def train(folder, *overrides):

@@ -23,7 +23,6 @@ from models.recompute import recomputed
 from models.wan.checkpoint import WanCheckpoint
 from models.wan.wrapper import WanI2V
 from tests.conftest import write_edit_folder
-from tests.loraedit_ext.test_processes import launch as launch_processes
 from tests.loraedit_ext.test_processes import numbers
 from tests.loraedit_ext.test_streaming import (
     CPU,
@@ -39,6 +38,7 @@ from tests.loraedit_ext.test_streaming import (
     without_collector,
 )
 from tests.loraedit_ext.test_trainer import assert_same, lora_of
+from tests.processes import launch as launch_processes
 
 SETTING = "activation_checkpointing=offload"
 TOKENS = 2 * 4 * 4

@@ -1,12 +1,6 @@
-"""The same run on one process, two pipeline stages and two replicas, through the real launchers (gloo)."""
+"""The same run on one process, two pipeline stages and two replicas, over gloo; some through the real launchers."""
 
 from __future__ import annotations
-
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,37 +9,11 @@ from safetensors.torch import load_file
 from dataset.images import read_image
 from models.wan.random_weights import tiny_config, write_random_checkpoint
 from tests.conftest import strips, write_edit_folder
+from tests.processes import launch
 
-ROOT = Path(__file__).parents[2]
 TWO_SAMPLES = "gradient_accumulation_steps=2"
 CLIPPED = ["gradient_clipping=0.05", "eval_every_n_steps=3"]
 SGD = ["optimizer.type=sgd", "optimizer.lr=0.05", "gradient_clipping=0"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def launch(
-    folder, *overrides: str, processes: int = 1, launcher: str = "torchrun", check: bool = True, verb: str = "train"
-):
-    """Run a verb as a user would; returns the finished process."""
-    port = f"--master_port={free_port()}"
-    if processes == 1:
-        start = [sys.executable]
-    elif launcher == "torchrun":
-        start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", port]
-    else:
-        start = [str(Path(sys.executable).parent / "deepspeed"), f"--num_gpus={processes}", port]
-    command = [*start, str(ROOT / f"{verb}.py"), "--config", str(folder.config), *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1",
-                   "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    if check:
-        assert done.returncode == 0, done.stdout + done.stderr
-    return done
 
 
 def numbers(rows: list[dict]) -> list[tuple[str, float]]:
@@ -63,14 +31,14 @@ def assert_close(first, second, tolerance):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", [CLIPPED, SGD], ids=["adamw-clipped", "sgd-unclipped"])
-def test_two_pipeline_stages_equal_one_process(edit_folder, optimizer):
+@pytest.mark.parametrize(("optimizer", "launcher"), [(CLIPPED, "torchrun"), (SGD, "")], ids=["adamw-clipped", "sgd-unclipped"])
+def test_two_pipeline_stages_equal_one_process(edit_folder, optimizer, launcher):
     """With clipping, regimes of different shape and evaluation between; and with plain gradients (SGD).
 
     Guards: DeepSpeed clips by the first stage's norm alone, and sends stale shapes when they change.
     """
     launch(edit_folder, TWO_SAMPLES, *optimizer)
-    launch(edit_folder, TWO_SAMPLES, *optimizer, "pipeline_stages=2", processes=2)
+    launch(edit_folder, TWO_SAMPLES, *optimizer, "pipeline_stages=2", processes=2, launcher=launcher)
     first, second = numbers(edit_folder.metrics(0)), numbers(edit_folder.metrics(1))
     assert len(first) >= 12
     assert_close(first, second, 1e-6)
@@ -128,7 +96,7 @@ def test_an_edit_whose_passes_two_processes_share_is_that_of_one(edit_folder):
 @pytest.mark.slow
 def test_more_processes_than_passes_are_refused(edit_folder):
     launch(edit_folder)
-    done = launch(edit_folder, "edit.guidance=1", processes=2, check=False, verb="inference")
+    done = launch(edit_folder, "edit.guidance=1", processes=2, launcher="torchrun", check=False, verb="inference")
     assert done.returncode != 0
     assert "2 processes for an edit of 1 pass(es) a step" in done.stderr
 
@@ -169,7 +137,7 @@ def test_the_deepspeed_launcher_runs_it_and_ends_well(edit_folder):
 @pytest.mark.slow
 def test_a_user_error_on_several_processes_ends_them_all_with_the_message(edit_folder):
     done = launch(edit_folder, "pipeline_stages=2", "adapter.init_from_existing=nothing.safetensors", processes=2,
-                  check=False)
+                  launcher="torchrun", check=False)
     assert done.returncode != 0
     assert "nothing.safetensors: no such LoRA file" in done.stderr
     assert not edit_folder.runs()

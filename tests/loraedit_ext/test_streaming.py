@@ -23,8 +23,8 @@ from models.wan.wrapper import WanI2V
 from tests.conftest import write_edit_folder
 from tests.loraedit_ext.test_editor import frames_of
 from tests.loraedit_ext.test_processes import assert_close, numbers
-from tests.loraedit_ext.test_processes import launch as launch_processes
 from tests.loraedit_ext.test_trainer import assert_same, lora_of
+from tests.processes import launch as launch_processes
 
 CPU = torch.device("cpu")
 E4M3 = torch.float8_e4m3fn

@@ -8,14 +8,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 
-from pretraining import latents, transformer, vae
+from common import with_parent
+from pretraining import latents, replicas, transformer, vae
 from pretraining.conditioning import Conditioner
+from tests.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--")
@@ -98,3 +102,16 @@ def test_a_killed_launcher_takes_its_processes_along(pool: Path, start: Path, tm
     launcher.wait()
     assert len(workers) >= 2
     assert not psutil.wait_procs(workers, timeout=10)[1]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_process_leaves_the_group(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """Else one that ends first was aborted in one of ten runs ("terminate called without an active exception")."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in ({"TORCHELASTIC_RUN_ID": "test"} | place).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(with_parent, "end_with", lambda parent: None)
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext(), replicas.joined("cpu"):
+        assert dist.is_initialized()
+        assert 1 / (not fails)
+    assert not dist.is_initialized()
