@@ -45,6 +45,11 @@ def test_white_is_edit_and_true_is_preserve():
     assert preserve.sum() == grey.numel() - 1
 
 
+def test_grey_from_128_on_is_edit():
+    ramp = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16)
+    assert masks.from_grey(ramp, "mask.png").flatten().tolist() == [True] * 128 + [False] * 128
+
+
 @pytest.mark.parametrize(("value", "word"), [(0, "all black"), (255, "all white"), (127, "all black")])
 def test_a_mask_without_contrast_is_refused_by_name(value, word):
     with pytest.raises(UserError, match=rf"clip/masks: the mask is {word}"):
