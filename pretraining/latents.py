@@ -29,7 +29,7 @@ from loraedit_ext.evaluation.rendering import Rendered, render
 from loraedit_ext.evaluation.scenes import Scene, another_future, random_scene
 from models.wan import whole_clip
 from models.wan.encoders import WanVAE
-from pretraining import clips, loop, replicas
+from pretraining import clips, loop, replicas, symmetries
 from pretraining.conditioning import Conditioner
 
 SHARD = 64
@@ -102,24 +102,45 @@ def _on_tokens(starts: Tensor, last: int) -> Tensor:
 
 
 def encode_scenes(
-    vae: AutoencoderKLWan, conditioner: Conditioner, scenes: list[tuple[Scene, str]], futures: int = 1,
-    size: int = clips.SIZE,
+    vae: AutoencoderKLWan, conditioner: Conditioner, scenes: list[tuple[Scene, bool]], futures: int = 1,
+    size: int = clips.SIZE, variants: int = 1,
 ) -> LatentPool:
-    """Encode scenes with their captions, in half precision; each run of `futures` scenes shares its first frame."""
+    """Encode scenes with their captions, in half precision.
+
+    Args:
+        vae: of latents as its config says.
+        conditioner: of texts and first frames.
+        scenes: each with whether its caption says how things move; each run of `futures` shares its first frame.
+        futures: clips of a first frame.
+        size: side of the clips in pixels.
+        variants: of each clip, mirrored and turned (`symmetries`), 1 to 8: rendering takes the longer part of the time.
+    """
     parts: dict[str, list[Tensor]] = {field.name: [] for field in fields(LatentPool)}
     for start in range(0, len(scenes), futures):
         group = scenes[start : start + futures]
         rendered = [render(scene, clips.FRAMES, (size, size)) for scene, _ in group]
         video = torch.stack([clips.to_tensor(one.video) for one in rendered])
-        first, count = video[:1], len(group)
-        # On a CPU one by one: four at a time fall out of its cache and take a third longer.
-        parts["video"] += [encode_normalised(vae, part) for part in video.split(1 if vae.device.type == "cpu" else count)]
-        condition = encode_normalised(vae, clips.first_frame_condition(first))
-        parts["condition"].append(condition.expand(count, -1, -1, -1, -1))
-        parts["text"].append(torch.stack([conditioner.text(words) for _, words in group]))
-        parts["image"].append(conditioner.image(first[:, :, 0]).expand(count, -1, -1))
-        parts["objects"].append(torch.stack([object_share(one) for one in rendered]))
+        objects = torch.stack([object_share(one) for one in rendered])
+        for variant in range(variants):
+            words = [caption(symmetries.of_scene(scene, variant), motion) for scene, motion in group]
+            encoded = _encode(vae, conditioner, symmetries.of_picture(video, variant), words)
+            for name, part in (encoded | {"objects": symmetries.of_picture(objects, variant)}).items():
+                parts[name].append(part)
     return LatentPool(**{name: torch.cat(values).half().cpu().contiguous() for name, values in parts.items()})
+
+
+def _encode(vae: AutoencoderKLWan, conditioner: Conditioner, video: Tensor, words: list[str]) -> dict[str, Tensor]:
+    """Of clips (clips, 3, frames, size, size) that share their first frame."""
+    first, count = video[:1], len(video)
+    # On a CPU one by one: four at a time fall out of its cache and take a third longer.
+    latents = torch.cat([encode_normalised(vae, part) for part in video.split(1 if vae.device.type == "cpu" else count)])
+    condition = encode_normalised(vae, clips.first_frame_condition(first))
+    return {
+        "video": latents,
+        "condition": condition.expand(count, -1, -1, -1, -1),
+        "text": torch.stack([conditioner.text(each) for each in words]),
+        "image": conditioner.image(first[:, :, 0]).expand(count, -1, -1),
+    }
 
 
 def object_share(rendered: Rendered) -> Tensor:
@@ -152,19 +173,19 @@ def statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
     return shift, scale
 
 
-def training_scenes(shard: int, count: int = SHARD, seed: int = 0) -> list[tuple[Scene, str]]:
-    """Scenes and captions of a shard, determined by seed and shard number."""
+def training_scenes(shard: int, count: int = SHARD, seed: int = 0) -> list[tuple[Scene, bool]]:
+    """Scenes of a shard, each with whether its caption says how things move; determined by seed and shard number."""
     rng = np.random.default_rng([seed, shard, 0x1A7])
     drawn: list[Scene] = []
     while len(drawn) < count:
         scene = random_scene(clips.training_seed(rng))
         drawn += [scene, *(another_future(scene, clips.training_seed(rng)) for _ in range(FUTURES - 1))]
     drawn = [clips.at_some_pace(scene, rng) for scene in drawn]
-    return [(scene, caption(scene, motion=bool(rng.random() > _STILL_CAPTIONS))) for scene in drawn]
+    return [(scene, bool(rng.random() > _STILL_CAPTIONS)) for scene in drawn]
 
 
 def fill(
-    out: Path, encode: Callable[[list[tuple[Scene, str]]], LatentPool], shards: Sequence[int], minutes: float | None
+    out: Path, encode: Callable[[list[tuple[Scene, bool]]], LatentPool], shards: Sequence[int], minutes: float | None
 ) -> None:
     """Write the shards that are missing."""
     paths = {shard: out / f"{shard:05d}.safetensors" for shard in shards}
@@ -235,6 +256,8 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=300, help=f"how many, of {SHARD} clips each")
     parser.add_argument("--first", type=int, default=0, help="number of the first, for several processes side by side")
     parser.add_argument("--size", type=int, default=clips.SIZE, help="side of the clips in pixels; a folder holds one size")
+    parser.add_argument("--variants", type=int, choices=range(1, symmetries.COUNT + 1), default=1, metavar="N",
+                        help="mirror and turn each clip into so many, up to 8; new clips for less than rendering takes")
     parser.add_argument("--minutes", type=float, help="stop after this long; run again to go on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
@@ -242,8 +265,8 @@ def main() -> None:
         vae, conditioner = load_vae(options.vae, options.device), Conditioner()
         shards = range(options.first, options.first + options.shards)[replicas.own()]
         fill(
-            options.out, lambda scenes: encode_scenes(vae, conditioner, scenes, FUTURES, options.size), shards,
-            options.minutes,
+            options.out, lambda scenes: encode_scenes(vae, conditioner, scenes, FUTURES, options.size, options.variants),
+            shards, options.minutes,
         )
 
 
