@@ -71,8 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--start", type=int, metavar="N", help="first source frame to use (default: 0)")
     parser.add_argument("--every", type=int, metavar="N", help="use every Nth source frame (default: 1, each)")
     parser.add_argument("--frames", type=int, metavar="N", help="how many to use, 4n+1 (default: up to 49)")
-    parser.add_argument("--caption", metavar="TEXT", help="what the source shows, for job.toml")
-    parser.add_argument("--edited_caption", metavar="TEXT", help="what the edited frame shows")
+    parser.add_argument("--caption", type=cli.words, metavar="TEXT", help="what the source shows, for job.toml")
+    parser.add_argument("--edited_caption", type=cli.words, metavar="TEXT", help="what the edited frame shows")
     parser.add_argument(
         "--captioner", type=cli.path, metavar="FOLDER",
         help="write the captions that are not given by a vision-language model: a checkpoint on disk, e.g. SmolVLM, Florence-2",

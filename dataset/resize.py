@@ -46,7 +46,7 @@ class Grid:
 
     def nearest_frames(self, count: int) -> list[int]:
         """The frame counts below and above one that is not on the grid."""
-        below = self.frames_below(count)
+        below = self.frames_below(max(1, count))
         return [n for n in (below, below + self.frame_step) if n > self.frame_step]
 
     def takes_size(self, size: Size) -> bool:

@@ -48,8 +48,18 @@ def integers(text: str) -> list[int]:
     return list(dict.fromkeys(int(part) for part in text.split(",")))
 
 
+def words(text: str) -> str:
+    """Text on the command line that is to stand in a file; bytes that are no UTF-8 could not."""
+    if any("\udc80" <= character <= "\udcff" for character in text):
+        raise argparse.ArgumentTypeError(f"{text!r}: is not UTF-8, as all text here must be. Write or name it anew.")
+    return text
+
+
 def path(text: str) -> Path:
     """A path on the command line, in which shells leave `~` as it is behind `--out=` and in quotes."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty, expected a path. Is a variable of the shell not set?")
+    words(text)
     try:
         return placed(Path(text), Path())
     except UserError as error:

@@ -99,13 +99,15 @@ def _drawn(request: Request, clip: Video, frame: int) -> Region:
     if frame in request.boxes and frame in request.painted:
         raise UserError(f"region of frame {frame}: given as a box and as a picture. Keep one.")
     if frame in request.boxes:
-        region, what = from_box(request.boxes[frame], size), f"box of frame {frame}"
-    else:
-        path = request.painted[frame]
-        region, what = from_picture(read_grey(path, clip) >= masks.THRESHOLD), str(path)
-    if not region.shape.any():
-        raise UserError(f"{what}: marks nothing inside the picture of {clip.size[0]}x{clip.size[1]} pixels.")
-    return region
+        region = from_box(request.boxes[frame], size)
+        if not region.shape.any():
+            raise UserError(f"box of frame {frame}: marks nothing inside the picture of {clip.size[0]}x{clip.size[1]} pixels.")
+        return region
+    grey = read_grey(request.painted[frame], clip)
+    if grey.max() < masks.THRESHOLD:
+        raise UserError(f"{request.painted[frame]}: marks nothing (brightest value {grey.max()}). Paint the region to edit "
+                        f"white (>= {masks.THRESHOLD}).")  # fmt: skip
+    return from_picture(grey >= masks.THRESHOLD)
 
 
 def read_grey(path: Path, clip: Video) -> np.ndarray:

@@ -69,7 +69,8 @@ def prepare(request: Request) -> list[str]:
     last = request.in_source(len(clip.frames) - 1)
     steps = f" in steps of {request.every}" if request.every > 1 else ""
     lines = [f"clip      {request.source.name}: frames {request.start} to {last}{steps} of "
-             f"{clip.total}, {clip.size[0]}x{clip.size[1]}"]  # fmt: skip
+             f"{clip.total}, {clip.size[0]}x{clip.size[1]}",
+             *(f"note      {clip.path.name}: {note}" for note in clip.notes)]  # fmt: skip
     edited, keys = read_given(request, clip)
     folder = JobFolder(request.out, request.overwrite, {*request.edited.values(), *request.painted.values()})
     if not (keys or request.clicks or request.background):

@@ -60,7 +60,8 @@ def widened(shape: np.ndarray, margin: float) -> np.ndarray:
         margin: share of the shape's size (the root of width times height of its box); at least `SMALLEST_MARGIN` pixels.
     """
     _, _, width, height = box_around(shape)
-    pixels = max(SMALLEST_MARGIN, round(margin * (width * height) ** 0.5))
+    whole = max(shape.shape)  # more than that is no wider, but a kernel that no memory holds
+    pixels = min(whole, max(SMALLEST_MARGIN, round(margin * (width * height) ** 0.5)))
     return cv2.dilate(shape.astype(np.uint8), np.ones((2 * pixels + 1, 2 * pixels + 1), np.uint8)).astype(bool)
 
 

@@ -61,6 +61,18 @@ def test_a_home_folder_is_found_where_the_shell_leaves_it_as_it_is(monkeypatch, 
         assert "~nobody-of-this-name/x: no such home folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("argument", "words"), [
+    ("--ckpt=", "--ckpt: is empty, expected a path. Is a variable of the shell not set?"),
+    ("--edited=3:", "--edited: is empty"),
+    ("--source=Gl\udcfcck.mp4", r"--source: 'Gl\udcfcck.mp4': is not UTF-8"),
+    ("--caption=Gl\udcfcck", r"--caption: 'Gl\udcfcck': is not UTF-8"),
+])
+def test_what_a_toml_could_not_hold_is_refused_before_anything_is_read(capsys, argument, words):
+    with pytest.raises(SystemExit):
+        prepare.main(["--source=x", "--out=y", argument])
+    assert words in capsys.readouterr().err
+
+
 def test_what_is_no_flag_is_still_refused(edit_folder, told, capsys):
     for arguments in (["--dry-run"], ["--dry"], ["seed=7", "--steps", "4"]):
         with pytest.raises(SystemExit):

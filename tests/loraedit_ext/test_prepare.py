@@ -181,9 +181,17 @@ def test_frames_outside_the_clip_have_black_masks_and_the_job_says_which_it_uses
 
 def test_a_mask_of_everything_is_told(folder):
     edited = {0: folder / "edited.png"}
-    for margin, told in ((0.1, False), (50, True)):
+    for margin, told in ((0.1, False), (50, True), (1e9, True)):
         lines = prepare(request(folder, edited=edited, margin=margin))
         assert any("marks all of every frame: nothing is left to preserve" in line for line in lines) == told
+
+
+def test_what_reading_the_clip_found_is_told_before_a_frame_is_edited(folder):
+    (folder / "source" / "00012.png").rename(folder / "source" / "00020.png")
+    (note,) = [line for line in prepare(request(folder)) if line.startswith("note")]
+    assert "source: " in note
+    assert "11" in note
+    assert "20" in note
 
 
 def test_weights_that_are_not_there_are_told(folder):
@@ -436,6 +444,7 @@ def test_the_same_call_again_writes_the_same(folder):
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"frames": 6}, "nearest: 5 or 9"),
+    ({"frames": 0}, "nearest: 5"),
     ({"frames": 17}, "has 13 frames, 13 from frame 0 on; expected at least 17"),
     ({"start": 10}, "has 13 frames, 3 from frame 10 on; expected at least 5"),
     ({"start": 13}, "expected at least 5"),
@@ -446,7 +455,7 @@ def test_the_same_call_again_writes_the_same(folder):
     ({"pictures": (13,)}, "--frame 13: the clip has frames 0 to 12"),
     ({"boxes": {13: (0, 0, 9, 9)}}, "the clip has frames 0 to 12"),
     ({"boxes": {0: (SIZE, 0, 9, 9)}}, "marks nothing inside the picture of 192x192"),
-    ({"painted": {0: Path("black.png")}}, "marks nothing"),
+    ({"painted": {0: Path("black.png")}}, r"black.png: marks nothing \(brightest value 0\)"),
     ({"painted": {0: Path("small.png")}}, "masks are 20x20, expected 192x192"),
     ({"edited": Path("small.png")}, "is 20x20, expected 192x192"),
     ({"edited": Path("source/00000.png")}, "does not differ from frame 0"),
