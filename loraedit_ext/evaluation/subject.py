@@ -18,7 +18,7 @@ from dataset import images
 from dataset.job import FIELDS_BEFORE, EditJob, grey_levels, load_job
 from dataset.original import at_source_size
 from dataset.resize import Grid
-from dataset.video import hash_media, read_media
+from dataset.video import FOLDER_FPS, hash_media, read_media
 from dataset.video_writer import even_size
 from loraedit_ext import masks, regimes, results
 from loraedit_ext import run as runs
@@ -188,7 +188,8 @@ def from_files(files: Files) -> Subject:
     """
     errors = ErrorCollector()
     videos: dict[str, np.ndarray] = {}
-    fps, notes = Fraction(1), []
+    rates: dict[str, Fraction] = {}
+    notes = []
     for role, path in files.named().items():
         with errors.catch():
             read = images.read_mask if role == "mask" else images.read_image
@@ -197,7 +198,7 @@ def from_files(files: Files) -> Subject:
                 continue
             video = read_media(path, read=read)
             videos[role] = video.frames
-            fps = video.fps if role == "edited" else fps
+            rates |= {} if path.is_dir() else {role: video.fps}  # a folder has no rate of its own
             notes += [f"{role}: {note}." for note in video.notes]
     errors.raise_if_any()
     shape = videos["edited"].shape
@@ -206,6 +207,10 @@ def from_files(files: Files) -> Subject:
             videos[role], note = _fitted(files.named()[role], role, frames, shape)
             notes += [note] if note else []
     errors.raise_if_any()
+    fps = rates.get("edited") or rates.get("source") or FOLDER_FPS
+    notes += [f"{role}: {float(rates[role]):.6g} frames a second, the edited video {float(fps):.6g}; frames are compared by "
+              "their numbers, which may mean other moments." for role in ("source", "generated", "truth")
+              if role in rates and abs(rates[role] / fps - 1) > 0.01]  # fmt: skip
     grey = grey_levels(files.mask, videos["mask"])
     source, preserve = videos["source"], masks.from_grey(torch.tensor(grey), str(files.mask), whole=True).numpy()
     return Subject(

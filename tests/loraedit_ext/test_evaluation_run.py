@@ -251,6 +251,16 @@ def test_a_shorter_result_is_judged_and_told(folder, edited, tmp_path):
     assert "source: first 3 of 5 frames used." in subject.notes
 
 
+def test_a_result_of_another_rate_is_told(folder, edited, tmp_path):
+    assert not from_files(files(folder)).notes
+    write_lossless(tmp_path / "slow.mkv", edited, 4)
+    subject = from_files(files(folder, edited=tmp_path / "slow.mkv"))
+    (note,) = subject.notes
+    assert "source: 8 frames a second, the edited video 4; frames are compared by their numbers" in note
+    write_images(tmp_path / "frames", edited)
+    assert from_files(files(folder, edited=tmp_path / "frames")).fps == 8
+
+
 def test_what_does_not_fit_is_told_all_at_once(folder, edited, tmp_path):
     write_images(tmp_path / "long", np.concatenate([edited, edited]))
     with pytest.raises(UserError, match="source has 5 frames, the edited video 10"):
