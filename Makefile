@@ -27,6 +27,7 @@ $(STAMP): requirements.txt requirements-ray.txt requirements-dev.txt requirement
 	touch $(STAMP)
 
 $(RANDOM)/config.json: $(STAMP)
+	rm -rf $(RANDOM)
 	$(BIN)/python -m models.wan.random_weights $(RANDOM)
 
 demo: $(STAMP) $(if $(wildcard $(TINY)/config.json),,$(RANDOM)/config.json)

@@ -225,7 +225,7 @@ def _dump(content: dict[str, Any], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("random_weights", description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("out", type=Path, help="new folder to write")
     parser.add_argument("--variant", choices=sorted(VARIANT_OF_CHANNELS.values()), default="token_replace")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dim", type=int, default=96, help="width, a multiple of 32")
@@ -233,6 +233,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--single-blocks", type=int, default=2)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     given = parser.parse_args(arguments)
+    if given.out.exists():  # a typing error must not turn a real checkpoint into a random one
+        parser.error(f"{given.out}: is there already; nothing is overwritten. Name a new folder.")
     config = replace(
         tiny_config(given.variant, given.dim), num_double=given.double_blocks, num_single=given.single_blocks
     )

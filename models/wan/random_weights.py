@@ -191,7 +191,7 @@ def build_tokenizer(words: str = _WORDS) -> tuple[Any, int]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("random_weights", description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("out", type=Path, help="new folder to write")
     parser.add_argument("--variant", choices=["wan2.1", "wan2.2"], default="wan2.1")
     parser.add_argument("--layout", choices=["original", "diffusers"], default="original")
     parser.add_argument("--seed", type=int, default=0)
@@ -203,6 +203,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=getattr(config, name))
     parser.add_argument("--vae-dim", type=int, default=sizes.vae_dim)
     given = parser.parse_args(arguments)
+    if given.out.exists():  # a typing error must not turn a real checkpoint into a random one
+        parser.error(f"{given.out}: is there already; nothing is overwritten. Name a new folder.")
     config = replace(config, **{name: getattr(given, name) for name in sizing})
     if given.variant == "wan2.2":
         config = replace(config, image_dim=None)

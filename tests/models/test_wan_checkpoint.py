@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from wan_parts import GOLDEN_CONFIG, assert_close, golden_weights
 
 from common.errors import UserError
+from models.hunyuan import random_weights as hunyuan_random_weights
 from models.wan.checkpoint import (
     IMAGE_ENCODER_FILE,
     TEXT_ENCODER_FILE,
@@ -307,3 +308,12 @@ def test_random_checkpoint_from_the_command_line(tmp_path):
     image = checkpoint.load_image_encoder()
     assert image.model.config.num_attention_heads == 2
     assert image.encode(torch.zeros(3, 16, 16)).shape == (257, 160)
+
+
+@pytest.mark.parametrize("script", [main, hunyuan_random_weights.main])
+def test_a_random_checkpoint_replaces_no_other(tmp_path, capsys, script):
+    (tmp_path / "Wan2.1_VAE.pth").write_bytes(b"released")
+    with pytest.raises(SystemExit):
+        script([str(tmp_path)])
+    assert "is there already; nothing is overwritten" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["Wan2.1_VAE.pth"]
