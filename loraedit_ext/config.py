@@ -9,7 +9,7 @@ import ast
 import os
 import tomllib
 from collections.abc import Iterable
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -466,7 +466,9 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         raise UserError(f"override `{override}`: expected key=value, e.g. optimizer.lr=2e-4")
     *parents, last = key.strip().split(".")
     table: Any = values
-    for part in parents:
+    for part, inner in pairwise([*parents, last]):
+        if isinstance(table, dict) and part not in table and inner.isdigit():
+            raise UserError(f"override `{override}`: the file has no [[{part}]] to change. Write it there.")
         table = _descend(table, part, override)
     value = parse_value(text.strip())
     if isinstance(table, list):

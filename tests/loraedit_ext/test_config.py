@@ -67,9 +67,9 @@ def test_overrides_reach_tables_and_list_items(edit_folder):
     assert config.model.shift == 3
 
 
-@pytest.mark.parametrize("override", ["optimizer.lr", "stage.5.steps=1", "output_dir.x=1", "=3"])
+@pytest.mark.parametrize("override", ["optimizer.lr", "stage.5.steps=1", "output_dir.x=1", "=3", "edit.lora.0.strength=2"])
 def test_a_malformed_override_is_named(edit_folder, override):
-    with pytest.raises(UserError, match="override"):
+    with pytest.raises(UserError, match=r"^override `"):
         load_config(edit_folder.config, [override])
 
 
