@@ -19,6 +19,7 @@ from common.files import write_json_atomic
 from loraedit_ext import cli, lora, lora_formats
 from loraedit_ext.transformers_on_disk import open_transformer
 from models.checkpoint import Entry, release_pages
+from models.hunyuan.checkpoint import HunyuanTransformerFiles
 from models.parts import TRANSFORMER_STEM
 from models.shards import SHARD_BYTES, Planned, write_shards
 from models.wan.checkpoint import WanTransformerFiles, expert_of
@@ -42,7 +43,7 @@ def merge(
     names = lora_formats.names_of(family)
     read = [(lora.read_of(path, names), strength) for path, strength in stack]
     for each, _ in read:
-        _check_expert(each, checkpoint)
+        _check_model(each, files, checkpoint)
     combined = lora.combine(read)
     lora.check_shapes(tensors.shapes, combined)
     planned = [
@@ -59,12 +60,13 @@ def merge(
     return lines
 
 
-def _check_expert(each: lora.LoraFile, checkpoint: Path) -> None:
-    """Refuse a LoRA of Wan2.2's other expert, whose shapes are the same."""
-    trained_for, found = each.metadata.get("model", {}).get("expert"), expert_of(checkpoint)
-    if trained_for and found and trained_for != found:
-        raise UserError(f"{each.path}: was trained for the expert for {trained_for} noise, and {checkpoint} is the one for "
-                        f"{found} noise. Merge it into the one that it belongs to.")  # fmt: skip
+def _check_model(each: lora.LoraFile, files: WanTransformerFiles | HunyuanTransformerFiles, checkpoint: Path) -> None:
+    """Refuse a LoRA of another variant or of Wan2.2's other expert, whose linears have the same names and shapes."""
+    for what, found in (("variant", files.config.variant), ("expert", expert_of(checkpoint))):
+        trained_for = each.metadata.get("model", {}).get(what)
+        if trained_for and found and not trained_for.endswith(found):  # a LoRA says `hunyuan-i2v-token_replace`
+            raise UserError(f"{each.path}: was trained for the {what} {trained_for}, and {checkpoint} is {found}. Merge it "
+                            "into the one that it belongs to.")  # fmt: skip
 
 
 def _is_8_bit(entry: Entry) -> bool:

@@ -117,9 +117,24 @@ def test_a_lora_of_the_other_expert_is_refused(tiny_wan22, tmp_path):
     weights = lora.read_of(write_lora(tmp_path / "a.safetensors", modules=["blocks.0.self_attn.q"])).weights
     trained = lora.LoraFile(tmp_path / "low.safetensors", weights, {"model": {"expert": "low"}})
     lora.write(trained, trained.path, lora_formats.names_of("wan"))
-    with pytest.raises(UserError, match=r"low\.safetensors: was trained for the expert for low noise, and .*high_noise"):
+    with pytest.raises(UserError, match=r"low\.safetensors: was trained for the expert low, and .*high_noise_model is high"):
         merge_lora.merge(tiny_wan22 / "high_noise_model", [(trained.path, 1.0)], tmp_path / "out")
     merge_lora.merge(tiny_wan22 / "low_noise_model", [(trained.path, 1.0)], tmp_path / "out")
+
+
+@pytest.mark.parametrize(("variant", "module"), [
+    ("wan2.1-i2v", "blocks.0.self_attn.q"), ("hunyuan-i2v-latent_concat", "double_blocks.0.img_attn_proj"),
+])
+def test_a_lora_of_another_variant_is_refused(tiny_wan, tiny_wan22, tiny_hunyuan, tmp_path, variant, module):
+    """Its linears have the same names and shapes in both."""
+    right, wrong = (tiny_wan, tiny_wan22 / "high_noise_model") if variant == "wan2.1-i2v" else (
+        tiny_hunyuan["latent_concat"], tiny_hunyuan["token_replace"])  # fmt: skip
+    weights = {f"{module}.lora_A.weight": torch.ones(3, 96), f"{module}.lora_B.weight": torch.ones(96, 3)}
+    trained = lora.LoraFile(tmp_path / "a.safetensors", weights, {"model": {"variant": variant}})
+    lora.write(trained, trained.path, lora_formats.names_of("wan" if right == tiny_wan else "hunyuan-video"))
+    with pytest.raises(UserError, match=rf"a\.safetensors: was trained for the variant {variant}, and .* is "):
+        merge_lora.merge(wrong, [(trained.path, 1.0)], tmp_path / "out")
+    merge_lora.merge(right, [(trained.path, 1.0)], tmp_path / "out")
 
 
 def test_a_disk_that_was_full_leaves_a_folder_that_may_be_written_to_again(tiny_wan, tmp_path, monkeypatch):
