@@ -106,6 +106,9 @@ class SweepSettings(Settings):
             raise ValueError("`address` is that of a Ray cluster; set engine = 'ray', or leave it out")
         if (self.address or "").startswith("ray://"):
             raise ValueError("Ray Client (ray://) is not used; give host:port, and start the sweep on one of the hosts")
+        if "output_dir" in (*self.parameters, *(override.partition("=")[0] for override in self.overrides)):
+            raise ValueError("`output_dir` cannot vary: each trial gets its own in the sweep's; leave it out of `parameters` "
+                             "and `overrides`")  # fmt: skip
         if self.evaluate and not self.edit:
             raise ValueError("evaluate = true needs edit = true; there is nothing to judge otherwise")
         return self

@@ -97,6 +97,8 @@ def test_values_reach_the_run_as_they_are(value):
     ('[parameters]\n"optimizer.lrr" = [1]', r"optimizer\.lrr"),
     ('overrides = ["pipeline_stages=2"]\n[parameters]\n"adapter.rank" = [1]', "a trial is one process"),
     ('edit = false\n[parameters]\n"adapter.rank" = [1]', "evaluate = true needs edit = true"),
+    ('[parameters]\noutput_dir = ["a", "b"]', "`output_dir` cannot vary"),
+    ('overrides = ["output_dir=a"]\n[parameters]\n"adapter.rank" = [1]', "`output_dir` cannot vary"),
 ])
 def test_a_sweep_that_cannot_be_is_refused_before_it_starts(edit_folder, text, words):
     with pytest.raises(UserError, match=words):
