@@ -127,6 +127,7 @@ def concat_cond_mask(conditioning: list) -> torch.Tensor:
     (lambda s, m, e: (s[:, :24], m[:, :24], e[:, :24]), "multiples of 16"),
     (lambda s, m, e: (s, m[:3], e), "mask: 3 frames"),
     (lambda s, m, e: (s, m, e[:, :16]), "edited_first_frame: 48x16, expected the source's 48x32"),
+    (lambda s, m, e: (s, torch.cat([0 * m[:1], m[1:]]), e), "mask: its first frame is all black"),
 ])
 def test_media_that_do_not_fit_are_refused(node, media, spoil, words):
     with pytest.raises(ValueError, match=words):

@@ -95,6 +95,9 @@ def known_video(source: Tensor, mask: Tensor, edited_first_frame: Tensor, keep_o
     preserve = (mask < GREY).expand(len(source), -1, -1).clone()
     first = edited_first_frame[:1, ..., :3]
     if keep_outside:
+        if preserve[0].all():
+            raise ValueError("mask: its first frame is all black, so nothing of edited_first_frame would count; expected white "
+                             "where it was edited. Is the mask inverted, or keep_outside meant to be false?")
         first = torch.where(preserve[:1, ..., None], source[:1, ..., :3], first)
     preserve[0] = True
     video = torch.cat([first, source[1:, ..., :3]])
