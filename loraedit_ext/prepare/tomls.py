@@ -134,7 +134,8 @@ def _shown(value: Any) -> str:
 
 
 def _relative(path: Path, folder: Path) -> str:
-    return _text(os.path.relpath(path.resolve(), folder.resolve()))
+    """As a TOML string. A link keeps its own name: what it leads to may be a store's, without an ending that says its kind."""
+    return _text(os.path.relpath(path.parent.resolve() / path.name, folder.resolve()))
 
 
 def _text(words: str) -> str:

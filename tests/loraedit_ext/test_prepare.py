@@ -205,6 +205,13 @@ def test_a_caption_of_any_characters_is_read_back(folder):
     assert tomllib.loads(job_toml(request(folder, caption=caption), 13))["caption"] == caption
 
 
+def test_a_link_keeps_the_name_that_says_what_it_is(folder):
+    (folder / "edited.png").rename(folder / "8f14e45f")
+    (folder / "edited.png").symlink_to("8f14e45f")
+    prepare(request(folder, edited={0: folder / "edited.png"}))
+    assert job_of(folder).first_edit.path.name == "edited.png"
+
+
 def test_an_edit_beyond_the_region_is_told(folder):
     left, top, width, height = box_of(clip_of("translating")[1][0])
     lines = prepare(request(folder, edited={0: folder / "edited.png"}, boxes={0: (left, top, width // 3, height)}))
