@@ -53,9 +53,9 @@ def judge(subject: Subject, settings: EvaluationSettings, device: torch.device) 
     evaluation = Evaluation()
     clip_folder = settings.clip_path or Path.cwd() / DEFAULT_CLIP
     parts: tuple[Callable[[], list[Value]], ...] = (
+        lambda: _clip(subject, clip_folder, device, evaluation),  # first, since weights that are none end it all
         lambda: _background(subject, evaluation), lambda: _edit_region(subject), lambda: _border(subject),
-        lambda: _over_time(subject, evaluation), lambda: _clip(subject, clip_folder, device, evaluation),
-        lambda: [_deqa(subject, settings, evaluation)],
+        lambda: _over_time(subject, evaluation), lambda: [_deqa(subject, settings, evaluation)],
     )  # fmt: skip
     with progress(len(parts), "judging", unit="group") as bar:
         for part in parts:

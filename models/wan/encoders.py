@@ -331,7 +331,7 @@ def load_clip_image_model(
     elif "visual_projection.weight" in tensors:
         projection = tensors.entries["visual_projection.weight"]
     else:
-        raise UserError(f"{tensors.where}: a CLIP vision tower without its projection (`visual.head`), which the CLIP "
+        raise UserError(f"{tensors.where}: no CLIP vision tower, or one without its projection (`visual.head`), which the CLIP "
                         "metrics need. Give the original models_clip file, or a CLIP folder.")
     settings = _image_encoder_settings(tower, {}, num_heads)
     layers = _count(tower, r"encoder\.layers\.(\d+)\.")

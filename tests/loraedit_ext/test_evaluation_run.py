@@ -31,7 +31,7 @@ from dataset.video_writer import write_images, write_lossless
 from loraedit_ext import results
 from loraedit_ext.config import EvaluationSettings, load_config, load_evaluation
 from loraedit_ext.editor import Edit
-from loraedit_ext.evaluation import report, run
+from loraedit_ext.evaluation import motion, report, run
 from loraedit_ext.evaluation.catalogue import METRICS
 from loraedit_ext.evaluation.charts import Series, line_chart, ticks
 from loraedit_ext.evaluation.judge import judge
@@ -259,6 +259,13 @@ def test_a_result_of_another_rate_is_told(folder, edited, tmp_path):
     assert "source: 8 frames a second, the edited video 4; frames are compared by their numbers" in note
     write_images(tmp_path / "frames", edited)
     assert from_files(files(folder, edited=tmp_path / "frames")).fps == 8
+
+
+def test_weights_that_are_no_clip_are_told_before_anything_is_measured(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(motion, "flow", lambda *_: pytest.fail("optical flow was computed"))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="not a whole CLIP folder"):
+        judge(from_files(files(folder)), EvaluationSettings(clip_path=tmp_path), CPU)
 
 
 def test_what_does_not_fit_is_told_all_at_once(folder, edited, tmp_path):
