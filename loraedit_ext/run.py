@@ -118,6 +118,6 @@ def newest_lora(output_dir: Path) -> Path:
     if not found:
         raise UserError(
             f"{output_dir}: no trained LoRA in it (looked for */stepN/{lora.EXPORT_NAME}). "
-            "Train first, or give --lora FILE."
+            "Train first, or name what to use: inference.py --lora FILE, evaluate.py --edit FOLDER."
         )
     return max(found, key=lambda path: (age(path.parent.parent), int(path.parent.name.removeprefix("step"))))

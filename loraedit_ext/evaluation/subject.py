@@ -145,7 +145,8 @@ def _read_record(path: Path) -> dict[str, Any]:
         for keys in _NEEDED:
             reduce(getitem, keys.split("."), record)
     except OSError as error:
-        raise UserError(f"{path}: could not be read ({error.strerror}), expected what inference.py writes.") from error
+        raise UserError(f"{path}: could not be read ({error.strerror}), expected what inference.py writes. Give the folder of "
+                        "an edit, e.g. runs/RUN/stepN/edit.") from error  # fmt: skip
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path}: is not what inference.py writes ({error!r}). Give the folder of an edit, or run inference.py "
                         "again.") from error  # fmt: skip

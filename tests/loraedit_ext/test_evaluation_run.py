@@ -303,6 +303,14 @@ def test_evaluation_settings_from_the_command_line():
         load_evaluation(["evaluation.clip_pth=1"])
 
 
+def test_what_is_no_folder_of_an_edit_is_told_with_the_flag_of_this_verb(folder, run_folder, tmp_path, capsys):
+    config = ["--config", str(folder / "edit.toml")]
+    assert evaluate.main([*config, "--edit", str(run_folder)]) == 2
+    assert "Give the folder of an edit, e.g. runs/RUN/stepN/edit" in capsys.readouterr().err
+    assert evaluate.main([*config, f"output_dir={tmp_path}"]) == 2
+    assert "evaluate.py --edit FOLDER" in capsys.readouterr().err
+
+
 def test_a_failing_scorer_costs_only_its_own_row(folder):
     settings = EvaluationSettings(deqa_command=[sys.executable, "-c", "import sys; sys.exit('boom')", "{frames}{out}"])
     found = judge(from_files(files(folder)), settings, CPU)
