@@ -160,10 +160,11 @@ def write(lora: LoraFile, path: Path, names: LoraNames, layout: lora_formats.Exp
     """Write a LoRA in a tool's spelling; atomic, and read back before it counts as written.
 
     Raises:
-        UserError: it cannot be written, reads back differently, or does not fit the format.
+        UserError: it is broken, cannot be written, reads back differently, or does not fit the format.
     """
     from safetensors.torch import save_file
 
+    check_finite(lora)
     tensors, header = lora_formats.spell(lora.weights, lora.differences, names, layout)
     tensors = {name: w.clone(memory_format=torch.contiguous_format) for name, w in tensors.items()}  # none may share memory
     kept = {key: value for key, value in lora.header.items() if key != lora_formats.DIFFUSERS_METADATA}
@@ -275,11 +276,12 @@ def _check_fit(transformer: nn.Module, lora: LoraFile) -> None:
 
 
 def check_shapes(shapes: Mapping[str, tuple[int, ...]], lora: LoraFile) -> None:
-    """Refuse a LoRA that changes what a bare transformer lacks or has in another size.
+    """Refuse a LoRA that is broken, or changes what a bare transformer lacks or has in another size.
 
     Args:
         shapes: of the transformer's parameters by original name.
     """
+    check_finite(lora)
     changed = {name: tuple(value.shape) for name, value in lora.differences.items()}
     for name in lora.ranks:
         a, b = lora.weights[f"{name}.lora_A.weight"], lora.weights[f"{name}.lora_B.weight"]
@@ -293,6 +295,14 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], lora: LoraFile) -> None:
             f"{lora.path}: does not fit the model: {len(unknown)} weights that the model lacks (first {unknown[:1]}), "
             f"{len(wrong)} of another size (first {wrong[:1]}). It is of another model; check model.ckpt_path."
         )
+
+
+def check_finite(lora: LoraFile) -> None:
+    """Refuse a LoRA that would make everything it is added to infinite or not a number."""
+    for name, value in (*lora.weights.items(), *lora.differences.items()):
+        if not value.float().isfinite().all():
+            raise UserError(f"{lora.path}: {name} holds numbers that are not finite, as a training that diverged leaves them. "
+                            "Take an earlier step of its run.")  # fmt: skip
 
 
 def _add_differences(layers: Iterable[PipelineLayer], lora: LoraFile, device: torch.device) -> None:

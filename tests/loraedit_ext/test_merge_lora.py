@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
-from loraedit_ext import lora, lora_formats, merge_lora
+from loraedit_ext import convert_lora, lora, lora_formats, merge_lora
 from loraedit_ext.wan import MaskedWan
 from models.checkpoint import open_tensors
 from models.shards import Planned, write_shards
@@ -120,6 +120,17 @@ def test_a_lora_of_the_other_expert_is_refused(tiny_wan22, tmp_path):
     with pytest.raises(UserError, match=r"low\.safetensors: was trained for the expert low, and .*high_noise_model is high"):
         merge_lora.merge(tiny_wan22 / "high_noise_model", [(trained.path, 1.0)], tmp_path / "out")
     merge_lora.merge(tiny_wan22 / "low_noise_model", [(trained.path, 1.0)], tmp_path / "out")
+
+
+def test_a_lora_that_is_not_finite_is_neither_merged_nor_converted(tiny_wan, tmp_path):
+    weights = {"blocks.0.self_attn.q.lora_A.weight": torch.full((3, 96), torch.nan)}
+    weights["blocks.0.self_attn.q.lora_B.weight"] = torch.ones(96, 3)
+    save_file({f"diffusion_model.{name}": value for name, value in weights.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"q\.lora_A\.weight holds numbers that are not finite"):
+        merge_lora.merge(tiny_wan, [(tmp_path / "a.safetensors", 1.0)], tmp_path / "out")
+    with pytest.raises(UserError, match=r"q\.lora_A\.weight holds numbers that are not finite"):
+        convert_lora.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "kohya")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 @pytest.mark.parametrize(("variant", "module"), [
