@@ -74,18 +74,21 @@ def editing(config: RunConfig, model: I2VModel, job: EditJob) -> float:
     return sum(passes * forward(model, (len(piece), *job.frames.shape[1:3])) for piece in planned)
 
 
-def describe(trained: float, edited: float, rate: float | None, devices: int) -> Iterator[str]:
+def describe(
+    trained: float, edited: float, rate: float | None, devices: int, training: str = "training"
+) -> Iterator[str]:
     """Lines of the plan.
 
     Args:
         trained, edited: FLOPs.
         rate: FLOP/s of large products on one device, if it was measured.
         devices: that train.
+        training: what of it is counted.
     """
-    yield f"work      training {_amount(trained)}, the edit {_amount(edited)}"
+    yield f"work      {training} {_amount(trained)}, the edit {_amount(edited)}"
     if rate:
         training_time, editing_time = _time(trained / (PACE * rate * devices)), _time(edited / (PACE * rate))
-        yield (f"time      training about {training_time}, the edit {editing_time}, at half of the {_amount(rate)}/s that "
+        yield (f"time      {training} about {training_time}, the edit {editing_time}, at half of the {_amount(rate)}/s that "
                "large products reach here, as an H200 did; copies that do not hide behind computing come on top")  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from loraedit_ext.wan import MaskedWan
 from models.attention_backend import attention_backend, check_backend
 from models.base import I2VModel
 from models.hunyuan.checkpoint import HunyuanCheckpoint
+from models.layers import PipelineLayer
 from models.streaming import streamed_blocks
 from models.wan.checkpoint import WanCheckpoint
 
@@ -116,33 +117,56 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     check_backend(config.attention_backend)
     check_writable(config.output_dir)
     model = build_model(config, world.device)
-    resumed = _check_beginning(config, model)
-    job = open_job(config, model)
-    stages = plan.stages(config, job)
-    triples = plan.triples(job, stages)
-    prepared = Prepared(model, job, stages, triples, plan_preview(config, job, model.geometry))
     transformer = model.build_transformer()
     streamed_blocks(transformer.layers(), config.blocks_to_swap)
+    lora.inject(transformer, model, config.adapter)
+    resumed = _check_beginning(config, model, transformer.layers())
+    job = open_job(config, model)
+    stages = plan.stages(config, job)
+    done = _done(resumed, stages) if resumed else 0
+    triples = plan.triples(job, stages)
+    prepared = Prepared(model, job, stages, triples, plan_preview(config, job, model.geometry))
     if world.is_main:
-        lora.inject(transformer, model, config.adapter)
         cache = cache_of(config)
         cached = sum(identity(model, t, config.mask_rule) in cache for group in triples.values() for t in group)
         machine = this_machine(world)
-        print(plan.describe(config, job, model, stages, triples, cached, transformer, replicas, machine), flush=True)
+        print(plan.describe(config, job, model, stages, triples, cached, transformer, replicas, machine, done), flush=True)
         if resumed:
-            print(plan.describe_resume(resumed, state.load_facts(resumed)["step"], stages), flush=True)
+            print(plan.describe_resume(resumed, done, stages), flush=True)
         if prepared.preview:
             print(describe_preview(prepared.preview, config, job, model), flush=True)
     return prepared
 
 
-def _check_beginning(config: RunConfig, model: I2VModel) -> Path | None:
-    """Refuse a state or a LoRA that this run cannot begin with, before anything is encoded or loaded; returns the state."""
+def _check_beginning(config: RunConfig, model: I2VModel, layers: Sequence[PipelineLayer]) -> Path | None:
+    """Refuse a state or a LoRA that this run cannot begin with, before anything is encoded or loaded; returns the state.
+
+    Args:
+        layers: of the transformer with the LoRA that will be trained, on the meta device.
+    """
     if existing := config.adapter.init_from_existing:
-        lora.check_model(lora.read(existing, model), model)
+        found = lora.read(existing, model)
+        lora.check_model(found, model)
+        lora.load(lora.trainable(layers), found)
     if resumed := runs.to_resume(config):
         state.check(resumed, model.describe(), config.adapter.rank, find_optimizer(config.optimizer.type).__name__)
+        state.check_weights(resumed, {index: lora.trainable([layer]) for index, layer in enumerate(layers)})
     return resumed
+
+
+def _done(resumed: Path, stages: Sequence[StageSettings]) -> int:
+    """The step that a state is at.
+
+    Raises:
+        UserError: it is not its run's newest, so that a new run would begin with it, and nothing is left to train.
+    """
+    done, total = state.load_facts(resumed)["step"], sum(stage.steps for stage in stages)
+    if done >= total and not state.is_newest(resumed):
+        there = resumed.parent / f"step{done}" / lora.EXPORT_NAME
+        learned = f", or edit with what was learned until then: inference.py --lora {there}" if there.is_file() else ""
+        raise UserError(f"{resumed}: is at step {done}, and the stages end at step {total}: nothing is left to train. Raise "
+                        f"the last stage's steps{learned}.")  # fmt: skip
+    return done
 
 
 def this_machine(world: World) -> plan.Machine:

@@ -68,6 +68,15 @@ def stages(config: RunConfig, job: EditJob) -> list[StageSettings]:
     return chosen
 
 
+def remaining(chosen: Sequence[StageSettings], done: int) -> list[StageSettings]:
+    """The stages with the steps alone that are left of them behind step `done` of the run."""
+    ends = accumulate(stage.steps for stage in chosen)
+    return [
+        stage.model_copy(update={"steps": min(stage.steps, max(0, end - done))})
+        for stage, end in zip(chosen, ends, strict=True)
+    ]
+
+
 def triples(job: EditJob, chosen: Sequence[StageSettings]) -> dict[regimes.Regime, list[Triple]]:
     """The samples of every regime that a stage uses."""
     used = [regime for regime in regimes.REGIMES if any(regime in stage.mix for stage in chosen)]
@@ -289,9 +298,9 @@ def warmup_notes(config: RunConfig, chosen: Sequence[StageSettings]) -> Iterator
 def describe(
     config: RunConfig, job: EditJob, model: I2VModel, chosen: Sequence[StageSettings],
     samples: Mapping[regimes.Regime, Sequence[Triple]], cached: int, transformer: nn.Module, replicas: int,
-    machine: Machine,
+    machine: Machine, done: int = 0,
 ) -> str:
-    """The plan, as text."""
+    """The plan, as text; of a run that is resumed at step `done` with the work that is left."""
     names = {regime: [t.name for t in group] for regime, group in samples.items()}
     per_step = config.micro_batch_size_per_gpu * config.gradient_accumulation_steps * replicas
     trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
@@ -306,6 +315,7 @@ def describe(
     planned = pieces.plan(job, config.edit.clip_frames, model.geometry.temporal_stride)
     at_once = max(map(len, (*planned, *job.clips)))
     total = len([t for group in samples.values() for t in group])
+    left = remaining(chosen, done)
     lines = [
         f"model     {config.model.type} from {config.model.source}: "
         + ", ".join(f"{k} {v}" for k, v in model.describe().items() if k != "family"),
@@ -316,8 +326,9 @@ def describe(
         *(f"note      {note}" for note in (*clip_notes(job, model, at_once), *warmup_notes(config, chosen))),
         *(f"samples   {regime}: {', '.join(group)}" for regime, group in names.items()),
         f"latents   {tokens} tokens in the largest sample; cache: {cached} of {total} samples are there",
-        *(f"stage     {stage.name}: {stage.steps} steps, {per_step} sample(s) a step, mix "
-          + ", ".join(f"{r} {weight:g}" for r, weight in stage.mix.items()) for stage in chosen),
+        *(f"stage     {stage.name}: {stage.steps} steps{f' ({rest.steps} are left)' if done else ''}, {per_step} sample(s) a "
+          "step, mix " + ", ".join(f"{r} {weight:g}" for r, weight in stage.mix.items())
+          for stage, rest in zip(chosen, left, strict=True)),
         f"lora      rank {config.adapter.rank}, {trained:,} trainable weights; {config.optimizer.type}, "
         f"lr {config.optimizer.lr:g}",
         f"processes {config.pipeline_stages} pipeline stage(s) x {replicas} replica(s)",
@@ -330,8 +341,8 @@ def describe(
         *(f"memory    {line}" for line in advice(config, predict, blocks, machine)),
         *(f"memory    {line}" for line in room(config, predict, machine)),
         *forecast.describe(
-            forecast.training(config, model, chosen, samples, replicas), forecast.editing(config, model, job), machine.rate,
-            config.pipeline_stages * replicas,
+            forecast.training(config, model, left, samples, replicas), forecast.editing(config, model, job), machine.rate,
+            config.pipeline_stages * replicas, f"training from step {done} on" if done else "training",
         ),
     ]
     return "\n".join(lines)

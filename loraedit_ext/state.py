@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +127,23 @@ def check(folder: Path, model: Mapping[str, Any], rank: int, optimizer: str) -> 
     facts = load_facts(folder)
     if facts["model"] != model or facts["rank"] != rank:
         raise UserError(f"{folder}: is of another model or rank ({facts['model']}, rank {facts['rank']}) than this run "
-                        f"({model}, rank {rank}).")  # fmt: skip
+                        f"({model}, rank {rank}). Set [model] and adapter.rank to the state's, or start a new run.")  # fmt: skip
     if (theirs := facts.get("optimizer", optimizer)) != optimizer:
         raise UserError(f"{folder}: holds the state of optimizer {theirs}, this run has {optimizer}, which cannot use it. "
                         "Set that optimizer.type, or start a new run from the LoRA: adapter.init_from_existing.")
     return facts
+
+
+def check_weights(folder: Path, layers: Mapping[int, Mapping[str, nn.Parameter]]) -> None:
+    """Refuse a state of other weights than those that a run trains, which may be on the meta device; reads headers only.
+
+    Raises:
+        UserError: a layer's file is missing, unreadable, or holds other weights.
+    """
+    for index, weights in layers.items():
+        if weights:
+            with _opened(folder, index) as (path, file):
+                _check_layer(path, file, weights)
 
 
 def load(
@@ -143,32 +156,44 @@ def load(
     """
     for index, weights in layers.items():
         if weights:
-            _load_layer(folder / f"layer_{index:03d}.safetensors", weights, optimizer)
+            with _opened(folder, index) as (path, file):
+                _check_layer(path, file, weights)
+                _load_layer(file, weights, optimizer)
 
 
-def _load_layer(path: Path, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+@contextmanager
+def _opened(folder: Path, index: int) -> Iterator[tuple[Path, Any]]:
+    """The file of a layer, and its path."""
     from safetensors import SafetensorError, safe_open
 
+    path = folder / f"layer_{index:03d}.safetensors"
     try:
         with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            entries = tensors | json.loads(file.metadata()["numbers"])
+            yield path, file
     except (OSError, SafetensorError, TypeError, KeyError) as error:
         raise UserError(f"{path}: unreadable training state ({error}). Resume from another checkpoint.") from error
-    theirs = {key.removesuffix("/weight") for key in tensors if key.endswith("/weight")}
-    if other := min(theirs - weights.keys(), default=None):
+
+
+def _check_layer(path: Path, file: Any, weights: Mapping[str, nn.Parameter]) -> None:
+    there = {key.removesuffix("/weight"): key for key in file.keys() if key.endswith("/weight")}  # noqa: SIM118 (not a dict)
+    if other := min(there.keys() - weights.keys(), default=None):
         raise UserError(f"{path}: weight {other}: this run does not train it. Set the adapter.exclude_modules that the state "
                         "was made with, or start a new run.")  # fmt: skip
+    for name, parameter in weights.items():
+        found = tuple(file.get_slice(there[name]).get_shape()) if name in there else None
+        if found != tuple(parameter.shape):
+            raise UserError(
+                f"{path}: weight {name}: expected shape {tuple(parameter.shape)}, found {found or 'nothing'}. Set the model, "
+                "adapter.rank and adapter.exclude_modules that the state was made with, or start a new run."
+            )
+
+
+def _load_layer(file: Any, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    entries = tensors | json.loads(file.metadata()["numbers"])
     optimizer.param_groups[0].update(_under(GROUP, entries))
     for name, parameter in weights.items():
-        value = tensors.get(f"{name}/weight")
-        if value is None or value.shape != parameter.shape:
-            found = "nothing" if value is None else f"shape {tuple(value.shape)}"
-            raise UserError(
-                f"{path}: weight {name}: expected shape {tuple(parameter.shape)}, found {found}. "
-                "The checkpoint is of another model, adapter.rank or adapter.exclude_modules."
-            )
-        parameter.data.copy_(value)
+        parameter.data.copy_(tensors[f"{name}/weight"])
         values = {key: value for key, value in _under(name, entries).items() if key != "weight"}
         group = optimizer.param_groups[0]
         optimizer.state[parameter] = {key: _place(value, key, parameter, group) for key, value in values.items()}

@@ -148,10 +148,6 @@ class Trainer:
 
     def _resume(self, folder: Path) -> int:
         facts = state.check(folder, self.model.describe(), self.config.adapter.rank, type(self.optimizer).__name__)
-        if facts["step"] >= self.total and not state.is_newest(folder):
-            there = folder.parent / f"step{facts['step']}" / lora.EXPORT_NAME
-            raise UserError(f"{folder}: is at step {facts['step']}, and the stages end at step {self.total}: nothing is left "
-                            f"to train. To edit with what was learned until then: inference.py --lora {there}")  # fmt: skip
         state.load(folder, self._weights_by_layer(), self.optimizer)
         return facts["step"]
 

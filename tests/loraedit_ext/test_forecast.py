@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -95,6 +96,20 @@ def test_the_plan_tells_work_and_time(edit_folder, capsys, monkeypatch):
     monkeypatch.setattr(launch, "this_machine", lambda world: replace(real(world), rate=1e12))
     launch.train(load_config(edit_folder.config), dry_run=True)
     assert "at half of the 1 TFLOP/s that large products reach here" in capsys.readouterr().out
+
+
+def test_the_plan_of_a_resumed_run_counts_what_is_left(edit_folder, capsys):
+    whole = load_config(edit_folder.config)
+    launch.train(whole)
+    (run,) = edit_folder.runs()
+    capsys.readouterr()
+    launch.train(whole.model_copy(update={"resume_from_checkpoint": str(run / "global_step3")}), dry_run=True)
+    resumed = capsys.readouterr().out
+    launch.train(whole.model_copy(update={"stage": whole.stage[1:]}), dry_run=True)
+    (left,) = re.findall(r"^work      training (.* GFLOP), the edit", capsys.readouterr().out, re.MULTILINE)
+    assert f"work      training from step 3 on {left}, the edit" in resumed
+    assert "motion: 3 steps (0 are left)" in resumed
+    assert "appearance: 3 steps (3 are left)" in resumed
 
 
 def test_times_are_told_as_people_tell_them():

@@ -110,9 +110,8 @@ def test_an_earlier_state_with_nothing_left_to_train_names_its_lora(edit_folder)
     train(edit_folder)
     (first,) = edit_folder.runs()
     with pytest.raises(UserError, match=r"nothing is left to train.*inference\.py --lora .*step3/adapter_model"):
-        train(edit_folder, f"resume_from_checkpoint={first / 'global_step3'}",
-              "stage=[{name='motion', steps=3, mix={motion=1}}]")
-    assert edit_folder.runs() == [first]
+        launch.train(load_config(edit_folder.config, [f"resume_from_checkpoint={first / 'global_step3'}",
+                     "stage=[{name='motion', steps=3, mix={motion=1}}]"]), dry_run=True)  # fmt: skip
 
 
 def test_a_new_run_from_an_earlier_state_equals_the_first_and_is_resumed_in_place(edit_folder):
@@ -370,22 +369,28 @@ def test_a_warm_up_that_the_run_does_not_reach_the_end_of_is_told(edit_folder, c
         assert (note in capsys.readouterr().out) == told
 
 
-def test_a_state_is_resumed_with_the_linears_that_it_was_made_with(edit_folder):
-    train(edit_folder)
-    (run,) = edit_folder.runs()
-    with pytest.raises(UserError, match=r"layer_001\.safetensors: weight .*ffn\.0\.lora_A\.weight: this run does not train it"):
-        train(edit_folder, f"resume_from_checkpoint={run / 'global_step3'}", "adapter.exclude_modules=['ffn.0']")
-
-
-def test_a_checkpoint_of_another_rank_or_optimizer_is_refused(edit_folder):
-    """Before anything is encoded or loaded."""
-    train(edit_folder)
-    for key, message in (
-        ("adapter.rank=8", "another model or rank"),
-        ("optimizer.type=sgd", r"global_step6: .* optimizer AdamW, this run has SGD.*init_from_existing"),
+def test_a_checkpoint_of_other_linears_another_rank_or_optimizer_is_refused(edit_folder):
+    """Before anything is encoded or loaded; other linears once after that."""
+    train(edit_folder, "adapter.exclude_modules=['ffn.2']")
+    for keys, message in (
+        (["adapter.exclude_modules=['ffn.2', 'ffn.0']"],
+         r"layer_001\.safetensors: weight .*ffn\.0\.lora_A\.weight: this run does not train it.*exclude_modules"),
+        ([], r"layer_001\.safetensors: weight .*ffn\.2\.lora_A\.weight: expected shape .*, found nothing.*exclude_modules"),
+        (["adapter.rank=8"], "another model or rank.*adapter.rank"),
+        (["optimizer.type=sgd"], r"global_step6: .* optimizer AdamW, this run has SGD.*init_from_existing"),
     ):
         with pytest.raises(UserError, match=message):
-            launch.train(load_config(edit_folder.config, ["resume_from_checkpoint=true", key]), dry_run=True)
+            launch.train(load_config(edit_folder.config, ["resume_from_checkpoint=true", *keys]), dry_run=True)
+
+
+def test_a_lora_of_other_linears_or_rank_is_no_beginning(edit_folder):
+    """It once ended a run after the transformer was loaded."""
+    train(edit_folder)
+    existing = f"adapter.init_from_existing={edit_folder.runs()[0] / 'step6'}"
+    for key, message in (("adapter.rank=8", "of another shape.*adapter.rank"),
+                         ("adapter.exclude_modules=['ffn.2']", r"unexpected .*ffn\.2.*adapter\.exclude_modules")):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            launch.train(load_config(edit_folder.config, [existing, key]), dry_run=True)
 
 
 def test_a_run_that_a_person_named_is_not_the_newest(edit_folder, capsys):
