@@ -70,47 +70,65 @@ def load_settings(kind: type[S], path: Path, values: dict[str, Any] | None = Non
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        messages = [f"{path}: {_describe(kind, problem)}" for problem in error.errors()]
+        told: dict[str, list[str]] = {}  # a value that may be of several types has a problem with each
+        for problem in error.errors():
+            where, text = _describe(kind, problem, values)
+            told.setdefault(where, []).append(text)
+        messages = [f"{path}: {where}{'; or '.join(texts)}" for where, texts in told.items()]
         raise UserErrors(messages) if len(messages) > 1 else UserError(messages[0]) from error
 
 
-def _describe(kind: type[Settings], problem: Any) -> str:
-    location = [part for part in problem["loc"] if not str(part).startswith("function-")]
+def _describe(kind: type[Settings], problem: Any, values: Mapping[str, Any]) -> tuple[str, str]:
+    """Where a problem is, and what it is."""
+    location = _written(problem, values)
     key = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
-        return f"unknown key `{key}`; {_hint(str(location[-1]), _table_at(kind, location[:-1]))}"
+        return f"unknown key `{key}`; ", _hint(str(location[-1]), _table_at(kind, location[:-1]))
     if problem["type"] == "missing":
-        return f"missing key `{key}`; it is required."
-    if problem["type"] in ("list_type", "tuple_type") and isinstance(problem["input"], dict):
-        return f"`{key}`: is one table, expected a list of them: write [[{key}]]."
+        return f"missing key `{key}`; ", "it is required."
+    is_table = isinstance(problem["input"], dict)
+    if problem["type"] in ("list_type", "tuple_type") and is_table and problem["loc"][-1] == location[-1]:
+        return f"`{key}`: ", f"is one table, expected a list of them: write [[{key}]]."
     text = problem["msg"].removeprefix("Value error, ")
-    if key and isinstance(problem["input"], dict):
-        return f"`{key}`: {text}"  # what is wrong stands in the text; the table is long
+    if key and is_table:
+        return f"`{key}`: ", text  # what is wrong stands in the text; the table is long
     value = "(not shown)" if key.endswith(SECRET_KEYS) else repr(problem["input"])
-    where = f"`{key}` = {value}" if key else "the file as a whole"
-    return f"{where}: {text}"
+    return (f"`{key}` = {value}: " if key else "the file as a whole: "), text
 
 
-def _hint(name: str, table: type[Settings] | None) -> str:
+def _written(problem: Any, values: Any) -> list[Any]:
+    """The location of a problem as the file has it, without pydantic's names for its validators and a union's types."""
+    location = []
+    for part in problem["loc"]:
+        if (found := _step(values, part)) is not None:
+            location.append(part)
+            values = found
+    return [*location, problem["loc"][-1]] if problem["type"] == "missing" else location
+
+
+def _step(values: Any, part: Any) -> Any:
+    """What lies below a table or list under a key or index, or a key with dots that stands for nested tables; or None."""
+    if isinstance(part, int):
+        return values[part] if isinstance(values, list | tuple) and part < len(values) else None
+    if not isinstance(values, dict):
+        return None
+    first, dot, rest = part.partition(".")
+    return _step(values.get(first), rest) if dot and part not in values else values.get(part)
+
+
+def _hint(name: str, table: type[Settings]) -> str:
     """What to do about a key that the table does not have."""
-    if table is None:
-        return "there is no such table."
     if name in table.elsewhere:
         return table.elsewhere[name]
     close = difflib.get_close_matches(name, table.model_fields, n=1)
     return f"did you mean `{close[0]}`?" if close else f"known keys: {', '.join(sorted(table.model_fields))}."
 
 
-def _table_at(kind: type[Settings], location: list[Any]) -> type[Settings] | None:
+def _table_at(kind: type[Settings], location: list[Any]) -> type[Settings]:
     """The settings table that `location` leads to."""
     for part in location:
-        if isinstance(part, int):
-            continue
-        field = kind.model_fields.get(part)
-        nested = _settings_in(field.annotation) if field else None
-        if nested is None:
-            return None
-        kind = nested
+        if field := kind.model_fields.get(part):  # else an index, or a key that is free to choose
+            kind = _settings_in(field.annotation) or kind
     return kind
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from common.errors import UserError
+from common.settings import load_settings
 from dataset.schema import load_job_settings
 from loraedit_ext import run as runs
 from loraedit_ext.config import load_config, parse_value
+from loraedit_ext.sweep import SweepSettings
 
 
 def test_paths_are_relative_to_the_toml(edit_folder):
@@ -99,6 +103,23 @@ def test_the_run_and_the_job_taken_for_each_other_are_told_as_that(edit_folder):
 def test_what_is_wrong_in_a_table_is_told_without_the_table(edit_folder):
     with pytest.raises(UserError, match=r"edit\.toml: `model`: int8_matmul needs transformer_dtype = 'int8', found None"):
         load_config(edit_folder.config, ["model.int8_matmul=true"])
+
+
+def test_a_value_that_may_be_of_several_types_is_one_problem_under_its_key(edit_folder):
+    """The key once had pydantic's name of each type behind it."""
+    with pytest.raises(UserError) as caught:
+        load_config(edit_folder.config, ["resume_from_checkpoint=3"])
+    assert "edit.toml: `resume_from_checkpoint` = 3: Input should be a valid boolean" in str(caught.value)
+    assert "; or Input should be a valid string" in str(caught.value)
+    sweep, limits = {"configs": ["edit.toml"], "output_dir": "out"}, {"min": 1, "maxi": 2}
+    for wrong, told in ((3, "`parameters.adapter.rank` = 3: Input should be a valid list; or "),
+                        (limits, "missing key `parameters.adapter.rank.max`; it is required"),
+                        (limits, "unknown key `parameters.adapter.rank.maxi`; did you mean `max`?")):  # fmt: skip
+        for parameters in ({"adapter.rank": wrong}, {"adapter": {"rank": wrong}}):
+            with pytest.raises(UserError) as caught:
+                load_settings(SweepSettings, Path("sweep.toml"), sweep | {"parameters": parameters})
+            assert told in str(caught.value)
+            assert "list[any]" not in str(caught.value)
 
 
 def test_an_api_key_in_the_file_is_refused_without_repeating_it(edit_folder):
