@@ -140,6 +140,10 @@ class AdapterSettings(Settings):
     init_from_existing: Path | None = None
     """A LoRA file, or a folder that holds one, to start from (weights only)."""
 
+    @property
+    def effective_alpha(self) -> float:
+        return self.alpha or self.rank
+
 
 class OptimizerSettings(Settings):
     """[optimizer]: `type`, `lr`, and any argument of that optimizer."""

@@ -149,7 +149,8 @@ def _check_beginning(config: RunConfig, model: I2VModel, layers: Sequence[Pipeli
         lora.check_model(found, model)
         lora.load(lora.trainable(layers), found)
     if resumed := runs.to_resume(config):
-        state.check(resumed, model.describe(), config.adapter.rank, find_optimizer(config.optimizer.type).__name__)
+        optimizer = find_optimizer(config.optimizer.type).__name__
+        state.check(resumed, model.describe(), config.adapter.rank, config.adapter.effective_alpha, optimizer)
         state.check_weights(resumed, {index: lora.trainable([layer]) for index, layer in enumerate(layers)})
     return resumed
 

@@ -52,7 +52,7 @@ def inject(transformer: nn.Module, model: I2VModel, settings: AdapterSettings) -
     transformer.requires_grad_(False)
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha or settings.rank,
+        lora_alpha=settings.effective_alpha,
         lora_dropout=settings.dropout,
         target_modules=targets,
     )

@@ -118,16 +118,19 @@ def load_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def check(folder: Path, model: Mapping[str, Any], rank: int, optimizer: str) -> dict[str, Any]:
+def check(folder: Path, model: Mapping[str, Any], rank: int, alpha: float, optimizer: str) -> dict[str, Any]:
     """The facts of a state that a run with these can continue.
 
     Raises:
-        UserError: it is of another model, rank or class of optimizer.
+        UserError: it is of another model, rank, alpha or class of optimizer.
     """
     facts = load_facts(folder)
     if facts["model"] != model or facts["rank"] != rank:
         raise UserError(f"{folder}: is of another model or rank ({facts['model']}, rank {facts['rank']}) than this run "
-                        f"({model}, rank {rank}). Set [model] and adapter.rank to the state's, or start a new run.")  # fmt: skip
+                        f"({model}, rank {rank}). Set model and adapter.rank to the state's, or start a new run.")  # fmt: skip
+    if (theirs := facts.get("alpha", alpha)) != alpha:
+        raise UserError(f"{folder}: was trained with alpha {theirs:g}, this run has {alpha:g}: what was learned would act "
+                        f"{alpha / theirs:.3g} times as much. Set adapter.alpha = {theirs:g}, or start a new run.")  # fmt: skip
     if (theirs := facts.get("optimizer", optimizer)) != optimizer:
         raise UserError(f"{folder}: holds the state of optimizer {theirs}, this run has {optimizer}, which cannot use it. "
                         "Set that optimizer.type, or start a new run from the LoRA: adapter.init_from_existing.")

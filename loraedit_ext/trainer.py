@@ -110,7 +110,7 @@ class Trainer:
         lora.inject(transformer, self.model, config.adapter)
         lora.initialise(self.owned.values(), config.seed, world.device)
         self.weights = lora.trainable(self.owned.values())
-        self.scale = (config.adapter.alpha or config.adapter.rank) / config.adapter.rank
+        self.scale = config.adapter.effective_alpha / config.adapter.rank
         self._start_from_existing()
         checkpoint_activations(self.owned.values(), config.activation_checkpointing, world.device)
         speed_up(list(self.owned.values()), world.device, config.model.int8_matmul, config.compile)
@@ -147,7 +147,8 @@ class Trainer:
             first += settings.steps
 
     def _resume(self, folder: Path) -> int:
-        facts = state.check(folder, self.model.describe(), self.config.adapter.rank, type(self.optimizer).__name__)
+        adapter, optimizer = self.config.adapter, type(self.optimizer).__name__
+        facts = state.check(folder, self.model.describe(), adapter.rank, adapter.effective_alpha, optimizer)
         state.load(folder, self._weights_by_layer(), self.optimizer)
         return facts["step"]
 
@@ -301,8 +302,8 @@ class Trainer:
     def save_state(self) -> None:
         """Full training state, resumable on any number of stages and replicas."""
         facts = {
-            "model": self.model.describe(), "rank": self.config.adapter.rank, "seed": self.config.seed,
-            "optimizer": type(self.optimizer).__name__,
+            "model": self.model.describe(), "rank": self.config.adapter.rank, "alpha": self.config.adapter.effective_alpha,
+            "seed": self.config.seed, "optimizer": type(self.optimizer).__name__,
         }  # fmt: skip
         state.save(
             self.run, self.step, self._weights_by_layer(), self.optimizer, self.engine.replica == 0, self.world, facts
@@ -329,7 +330,7 @@ class Trainer:
         config = self.config
         return {
             "model": self.model.describe(), "base_model": config.model.source.name,
-            "rank": config.adapter.rank, "alpha": config.adapter.alpha or config.adapter.rank,
+            "rank": config.adapter.rank, "alpha": config.adapter.effective_alpha,
             "alpha_is_baked_in": True, "trigger": self.job.trigger,
             "mask_convention": "files: white = edit; condition: 1 = preserve", "mask_rule": config.mask_rule,
             "steps": self.step, "stages": [s.settings.model_dump(mode="json") for s in self.stages],

@@ -369,14 +369,15 @@ def test_a_warm_up_that_the_run_does_not_reach_the_end_of_is_told(edit_folder, c
         assert (note in capsys.readouterr().out) == told
 
 
-def test_a_checkpoint_of_other_linears_another_rank_or_optimizer_is_refused(edit_folder):
-    """Before anything is encoded or loaded; other linears once after that."""
+def test_a_checkpoint_of_other_linears_another_rank_alpha_or_optimizer_is_refused(edit_folder):
+    """Before anything is encoded or loaded; other linears once after that, and another alpha not at all."""
     train(edit_folder, "adapter.exclude_modules=['ffn.2']")
     for keys, message in (
         (["adapter.exclude_modules=['ffn.2', 'ffn.0']"],
          r"layer_001\.safetensors: weight .*ffn\.0\.lora_A\.weight: this run does not train it.*exclude_modules"),
         ([], r"layer_001\.safetensors: weight .*ffn\.2\.lora_A\.weight: expected shape .*, found nothing.*exclude_modules"),
         (["adapter.rank=8"], "another model or rank.*adapter.rank"),
+        (["adapter.alpha=8"], "was trained with alpha 4, this run has 8: .* 2 times as much. Set adapter.alpha = 4"),
         (["optimizer.type=sgd"], r"global_step6: .* optimizer AdamW, this run has SGD.*init_from_existing"),
     ):
         with pytest.raises(UserError, match=message):
