@@ -127,6 +127,9 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     triples = plan.triples(job, stages)
     prepared = Prepared(model, job, stages, triples, plan_preview(config, job, model.geometry))
     if world.is_main:
+        if resumed and state.is_newest(resumed):
+            with runs.claimed(resumed.parent):
+                pass  # refused here, not after the model is loaded
         cache = cache_of(config)
         cached = sum(identity(model, t, config.mask_rule) in cache for group in triples.values() for t in group)
         machine = this_machine(world)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import itertools
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,13 +23,41 @@ CONFIG_COPY, RESUMED_FROM = "config.json", "resumed_from"
 
 def create(output_dir: Path) -> Path:
     """A new folder named by UTC time, as diffusion-pipe does."""
-    folder = output_dir / datetime.now(UTC).strftime("%Y%m%d_%H-%M-%S")
-    suffix = 1
-    while folder.exists():
-        suffix += 1
-        folder = folder.with_name(f"{folder.name.split('_v')[0]}_v{suffix}")
-    make_folder(folder)
+    make_folder(output_dir)
+    first = folder = output_dir / datetime.now(UTC).strftime("%Y%m%d_%H-%M-%S")
+    for suffix in itertools.count(2):
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:  # of another run that began in the same second
+            folder = first.with_name(f"{first.name}_v{suffix}")
     return folder
+
+
+@contextmanager
+def claimed(run: Path) -> Iterator[None]:
+    """Keep other processes from training in a run's folder; where the file system has no locks, go without.
+
+    Raises:
+        UserError: one does already.
+    """
+    descriptor = os.open(run, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            _lock(descriptor, run)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, run: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"{run}: another process trains in it, and two would write over each other's states. Wait for its end, or stop "
+            "it; an earlier global_stepN of it, if you name one to resume, goes on in a new run folder."
+        ) from error
 
 
 def age(run: Path) -> tuple[bool, str]:

@@ -40,18 +40,23 @@ def save(
     """
     folder, partial = run / f"global_step{step}", run / f".global_step{step}.partial"
     if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in run.glob(".global_step*.partial"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
     world.barrier()
-    if writes:
-        for index, weights in layers.items():
-            _save_layer(partial / f"layer_{index:03d}.safetensors", weights, optimizer)
-    world.barrier()
-    if world.is_main:
-        write_json_atomic(partial / "state.json", {"format": STATE_FORMAT, "step": step, **extra})
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        write_text_atomic(run / LATEST, folder.name + "\n")
+    try:
+        if writes:
+            for index, weights in layers.items():
+                _save_layer(partial / f"layer_{index:03d}.safetensors", weights, optimizer)
+        world.barrier()
+        if world.is_main:
+            write_json_atomic(partial / "state.json", {"format": STATE_FORMAT, "step": step, **extra})
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+            write_text_atomic(run / LATEST, folder.name + "\n")
+    except BaseException:  # perhaps because the disk is full
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     world.barrier()
     return folder
 

@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ class Trainer:
         self.stages = list(self._place(stages))
         self.total = self.stages[-1].last
         self.step = self._resume(resume) if resume else 0
+        self.claim = ExitStack()  # until the training ends
         self.run = Path(world.broadcast(self._folder(resume)))
         self.trackers = self._open_trackers(resume)
         self.patience = Patience(config.early_stop_patience, list(self.stages[-1].settings.mix), self.stages[-1].first)
@@ -159,10 +161,10 @@ class Trainer:
         """Of the run, as the main process decides: what a run made behind the resumed state is not written over."""
         if not self.world.is_main:
             return ""
-        if resume and state.is_newest(resume):
-            return str(resume.parent)
-        run = runs.create(self.config.output_dir)
-        if resume:
+        goes_on = resume is not None and state.is_newest(resume)
+        run = resume.parent if resume and goes_on else runs.create(self.config.output_dir)
+        self.claim.enter_context(runs.claimed(run))
+        if resume and not goes_on:
             self._say(f"{resume}: its run went on from here and stays as it is; this one goes on in {run}.")
         return str(run)
 
@@ -194,6 +196,7 @@ class Trainer:
                 self.trackers.lora(self.step, final)
         finally:
             self.trackers.close()
+            self.claim.close()
 
     def _loop(self) -> None:
         with progress(self.total, "training", unit="step", initial=self.step, disable=not self.world.is_main) as bar:

@@ -6,6 +6,7 @@ import gc
 import json
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -425,6 +426,55 @@ def test_a_run_that_was_killed_between_its_last_lora_and_state_has_both_when_it_
     resumed, whole = edit_folder.runs()
     assert (resumed / "latest").read_text() == "global_step6\n"
     assert_same(lora_of(resumed, 6), lora_of(whole, 6))
+
+
+def test_a_state_that_cannot_be_written_leaves_no_half_and_takes_away_those_of_killed_processes(edit_folder, monkeypatch):
+    monkeypatch.setattr(state, "write_json_atomic", lambda *_: (_ for _ in ()).throw(UserError("full")))
+    with pytest.raises(UserError, match="full"):
+        train(edit_folder)
+    (run,) = edit_folder.runs()
+    assert list(run.glob(".*")) == []
+    monkeypatch.undo()
+    train(edit_folder)
+    run = edit_folder.runs()[-1]
+    (run / ".global_step2.partial").mkdir()
+    train(edit_folder, "resume_from_checkpoint=true", "stage.1.steps=4")
+    assert list(run.glob(".*")) == []
+
+
+def test_two_trainings_in_one_run_folder_are_refused(edit_folder):
+    """They once wrote over each other's states and numbers."""
+    train(edit_folder)
+    (run,) = edit_folder.runs()
+    with runs.claimed(run):
+        for dry in (True, False):
+            with pytest.raises(UserError, match=f"{run}: another process trains in it"):
+                launch.train(load_config(edit_folder.config, ["resume_from_checkpoint=true", "stage.1.steps=4"]), dry)
+        train(edit_folder, f"resume_from_checkpoint={run / 'global_step3'}")
+    train(edit_folder, f"resume_from_checkpoint={run}", "stage.1.steps=4")
+    assert (run / "latest").read_text() == "global_step7\n"
+
+
+def test_a_run_keeps_its_folder_to_itself_until_it_ends(edit_folder, monkeypatch):
+    held = []
+
+    def step(trainer):
+        with pytest.raises(UserError, match="another process trains in it"), runs.claimed(trainer.run):
+            pass
+        held.append(trainer.run)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_one_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        train(edit_folder)
+    with runs.claimed(*held):
+        pass
+
+
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    """Also if the other one makes its folder when this one has looked for it already."""
+    monkeypatch.setattr(Path, "exists", lambda self: False)
+    assert len({runs.create(tmp_path / "runs") for _ in range(3)}) == 3
 
 
 def test_training_and_editing_over_8_bit_storage(edit_folder):
