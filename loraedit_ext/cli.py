@@ -1,4 +1,7 @@
-"""What the verbs share on the command line: few flags, `key=value` overrides, errors without tracebacks."""
+"""What the verbs share on the command line: few flags, `key=value` overrides, errors without tracebacks.
+
+Imports nothing that takes long: what a verb needs is imported when it is guarded, so that Ctrl-C ends it quietly then too.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,20 @@ import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from common.files import placed
-from loraedit_ext.config import EvaluationSettings, RunConfig, load_config, load_evaluation
+
+if TYPE_CHECKING:
+    from loraedit_ext.config import EvaluationSettings, RunConfig
 
 MEMORY_HELP = (
     "What lowers it, cheapest first: model.transformer_dtype=float8 or int8, activation_checkpointing=offload, clip_frames in "
     "the job, blocks_to_swap=N or several GPUs with pipeline_stages=S. `train.py --dry_run` says what a run needs and what "
     "helps, docs/memory.md what each costs. --traceback shows where it happened."
 )
+"""Of the verbs that take a run's TOML."""
 _CLOSED = "may not be read or written ({}). Change its permissions, or those of the folders above it, or name another."
 _FULL = "could not be written ({}). Free disk space or choose another place; checkpoints and exports written so far are whole."
 FILE_ERRORS = {
@@ -67,36 +72,47 @@ def path(text: str) -> Path:
 
 
 def read_config(options: argparse.Namespace) -> RunConfig:
+    from loraedit_ext.config import load_config
+
     return load_config(options.config, options.overrides)
 
 
 def read_evaluation(options: argparse.Namespace) -> EvaluationSettings:
     """The [evaluation] table alone, from overrides like evaluation.clip_path=FOLDER."""
+    from loraedit_ext.config import load_evaluation
+
     return load_evaluation(options.overrides)
 
 
-def guarded(action: Callable[[], None], traceback: bool) -> int:
-    """Run a verb; what a user or the machine's owner can cure becomes one message and exit status 2."""
+def guarded(action: Callable[[], None], traceback: bool, memory_help: str = MEMORY_HELP) -> int:
+    """Run a verb; what a user or the machine's owner can cure becomes one message and exit status 2.
+
+    Args:
+        memory_help: what to do about a GPU without enough memory.
+    """
     try:
         action()
-    except (UserError, torch.OutOfMemoryError, OSError) as error:
-        if traceback or (isinstance(error, OSError) and error.errno not in FILE_ERRORS):
-            raise
-        print(f"error: {_told(error)}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted; checkpoints and exports written so far are whole.", file=sys.stderr)
         return 130
+    except Exception as error:
+        if traceback or not (told := _told(error, memory_help)):
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        return 2
     return 0
 
 
-def _told(error: UserError | torch.OutOfMemoryError | OSError) -> str:
+def _told(error: Exception, memory_help: str) -> str | None:
+    """What happened and what to do about it, if somebody can; of a GPU's memory without torch's advice on its allocator."""
+    if isinstance(error, UserError):
+        return str(error)
     if isinstance(error, OSError):
-        return f"{error.filename or 'a file'}: {FILE_ERRORS[error.errno or 0].format(error.strerror)}"
-    return _out_of_memory(error) if isinstance(error, torch.OutOfMemoryError) else str(error)
+        told = FILE_ERRORS.get(error.errno or 0)
+        return told and f"{error.filename or 'a file'}: {told.format(error.strerror)}"
+    import torch
 
-
-def _out_of_memory(error: torch.OutOfMemoryError) -> str:
-    """What torch says of it, without its advice on the allocator's settings, and what to change."""
-    found = str(error).partition(" If reserved but unallocated memory")[0]
-    return f"the GPU has not enough memory: {found} {MEMORY_HELP}"
+    if isinstance(error, torch.OutOfMemoryError):
+        found = str(error).partition(" If reserved but unallocated memory")[0]
+        return f"the GPU has not enough memory: {found} {memory_help}"
+    return None

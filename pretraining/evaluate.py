@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from common.files import write_json_atomic
-from loraedit_ext import cli, flow
+from loraedit_ext import flow
 from loraedit_ext.evaluation.captions import caption
 from loraedit_ext.evaluation.rendering import render
 from loraedit_ext.evaluation.scenes import Scene
@@ -186,4 +186,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded(main, traceback=False))
+    sys.exit(loop.guarded(main))

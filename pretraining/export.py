@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from common.files import write_atomic
-from loraedit_ext import cli
 from models.wan.checkpoint import WanCheckpoint
 from models.wan.keys import vae_keys
 from models.wan.save import WanWeights, write_checkpoint
@@ -69,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded(main, traceback=False))
+    sys.exit(loop.guarded(main))

@@ -17,7 +17,6 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from common.files import write_atomic
-from loraedit_ext import cli
 from loraedit_ext.evaluation.scenes import random_scene
 from models.wan import whole_clip
 from pretraining import clips, latents, loop
@@ -76,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded(main, traceback=False))
+    sys.exit(loop.guarded(main))

@@ -16,7 +16,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from loraedit_ext import cli
 from models.base import TIMESTEPS
 from models.hunyuan.config import LATENT_CHANNELS, HunyuanConfig, rope_axes
 from models.hunyuan.transformer import ROPE_THETA, Conditions, HunyuanTransformer, SingleBlock
@@ -126,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded(main, traceback=False))
+    sys.exit(loop.guarded(main))

@@ -23,7 +23,6 @@ from torch.nn.functional import avg_pool2d
 from common.errors import UserError
 from common.files import write_atomic
 from common.progress import progress
-from loraedit_ext import cli
 from loraedit_ext.evaluation.captions import caption
 from loraedit_ext.evaluation.rendering import Rendered, render
 from loraedit_ext.evaluation.scenes import Scene, another_future, random_scene
@@ -271,4 +270,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded(main, traceback=False))
+    sys.exit(loop.guarded(main))

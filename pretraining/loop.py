@@ -6,7 +6,7 @@ import argparse
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,12 @@ from torch import nn
 
 from common.errors import UserError
 from common.files import write_atomic
+from loraedit_ext import cli
 from pretraining import replicas
 from pretraining.muon import Muon, split_parameters
 from pretraining.report import Reporter
 
+MEMORY_HELP = "Smaller numbers need less, where a command takes them (--batch, --size, --clips); --device cpu needs no GPU."
 _PACE_KNOWN = 200  # steps of a run after which a stretched schedule trusts its pace
 
 
@@ -221,6 +223,11 @@ def existing(text: str) -> Path:
     if not path.exists():
         raise argparse.ArgumentTypeError(f"{path} is not there")
     return path
+
+
+def guarded(command: Callable[[], None]) -> int:
+    """Run a command of this package; what a user can cure becomes one message and exit status 2."""
+    return cli.guarded(command, traceback=False, memory_help=MEMORY_HELP)
 
 
 @contextmanager

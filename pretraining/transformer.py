@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from common.errors import UserError
-from loraedit_ext import cli, flow
+from loraedit_ext import flow
 from models.base import TIMESTEPS
 from models.blocks import TransformerBlock
 from models.layers import sinusoid
@@ -277,4 +277,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded(main, traceback=False))
+    sys.exit(loop.guarded(main))

@@ -13,7 +13,6 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from loraedit_ext import cli
 from models.wan import whole_clip
 from pretraining import clips, loop, replicas, shift
 from pretraining.structured import calibrate, structure
@@ -186,4 +185,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded(main, traceback=False))
+    sys.exit(loop.guarded(main))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ import prepare
 import train
 from loraedit_ext import cli, launch
 from loraedit_ext.evaluation import run
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -71,6 +75,16 @@ def test_what_a_toml_could_not_hold_is_refused_before_anything_is_read(capsys, a
     with pytest.raises(SystemExit):
         prepare.main(["--source=x", "--out=y", argument])
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["train", "inference"])
+def test_an_interrupt_while_imports_run_ends_quietly(tmp_path, verb):
+    """They take seconds; Ctrl-C then once showed Python's traceback."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    program = [sys.executable, f"{verb}.py", "--config", "x.toml"]
+    done = subprocess.run(program, env={"PYTHONPATH": str(tmp_path)}, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "interrupted; checkpoints and exports written so far are whole.\n"
 
 
 def test_what_is_no_flag_is_still_refused(edit_folder, told, capsys):

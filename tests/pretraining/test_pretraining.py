@@ -519,6 +519,17 @@ def test_a_command_says_what_is_wrong_without_a_traceback(tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
+def test_a_gpu_without_enough_memory_is_told_with_what_these_commands_have(capsys: pytest.CaptureFixture[str]) -> None:
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    assert loop.guarded(full) == 2
+    told = capsys.readouterr().err
+    assert "not enough memory: CUDA out of memory. Smaller numbers need less" in told
+    assert "--batch" in told
+    assert "transformer_dtype" not in told
+
+
 def test_arguments_that_cannot_be_are_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
