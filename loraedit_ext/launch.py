@@ -24,7 +24,7 @@ from loraedit_ext.encode import Unconditional, encode_all, identity
 from loraedit_ext.forecast import product_rate
 from loraedit_ext.hunyuan import MaskedHunyuan
 from loraedit_ext.optim import check_optimizer, find_optimizer
-from loraedit_ext.pipeline import World, check_world, distributed, planned_world, together
+from loraedit_ext.pipeline import World, check_world, distributed, planned_world, split, together
 from loraedit_ext.preview import Preview, describe_preview, plan_preview
 from loraedit_ext.wan import MaskedWan
 from models.attention_backend import attention_backend, check_backend
@@ -119,6 +119,8 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     model = build_model(config, world.device)
     transformer = model.build_transformer()
     streamed_blocks(transformer.layers(), config.blocks_to_swap)
+    if config.pipeline_stages > 1:
+        split(transformer.layers(), config.pipeline_stages, config.partition_method, config.partition_split)
     lora.inject(transformer, model, config.adapter)
     resumed = _check_beginning(config, model, transformer.layers())
     job = open_job(config, model)

@@ -208,9 +208,14 @@ def _file_in(path: Path) -> Path:
         if not path.is_file():
             raise UserError(f"{path}: no such LoRA file.")
         return path
+    if (path / "state.json").is_file():
+        exported = path.with_name(path.name.removeprefix("global_"))
+        raise UserError(f"{path}: is a training's full state, not a LoRA. One of that step would be in {exported}.")
     found = [path / name for name in FILE_NAMES if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
     if not found:
-        raise UserError(f"{path}: no LoRA file in it (looked for {', '.join(FILE_NAMES)}).")
+        below = sorted(file.parent.name for file in path.glob(f"*/{EXPORT_NAME}"))
+        raise UserError(f"{path}: no LoRA file in it (looked for {', '.join(FILE_NAMES)})."
+                        + f" Name one of its folders: {', '.join(below)}." * bool(below))  # fmt: skip
     if len(found) > 1 and found[0].name not in FILE_NAMES:
         listed = ", ".join(file.name for file in found)
         raise UserError(f"{path}: several LoRA files in it ({listed}). Name the one to use.")

@@ -326,7 +326,7 @@ def describe(
         *(f"note      {note}" for note in (*clip_notes(job, model, at_once), *warmup_notes(config, chosen))),
         *(f"samples   {regime}: {', '.join(group)}" for regime, group in names.items()),
         f"latents   {tokens} tokens in the largest sample; cache: {cached} of {total} samples are there",
-        *(f"stage     {stage.name}: {stage.steps} steps{f' ({rest.steps} are left)' if done else ''}, {per_step} sample(s) a "
+        *(f"stage     {stage.name}: {stage.steps} steps{f', {rest.steps} left' if done else ''}, {per_step} sample(s) a "
           "step, mix " + ", ".join(f"{r} {weight:g}" for r, weight in stage.mix.items())
           for stage, rest in zip(chosen, left, strict=True)),
         f"lora      rank {config.adapter.rank}, {trained:,} trainable weights; {config.optimizer.type}, "
@@ -386,7 +386,7 @@ def describe_sampling(settings: EditSettings, processes: int = 1) -> str:
 def describe_resume(folder: Path, done: int, chosen: Sequence[StageSettings]) -> str:
     """From which step of how many a run goes on."""
     left = max(0, sum(stage.steps for stage in chosen) - done)
-    return f"resumes   {folder}, at step {done}: {left or 'no'} steps are left"
+    return f"resumes   {folder}, at step {done}: steps left: {left or 'none'}"
 
 
 def describe_files(run: Path, chosen: Sequence[StageSettings], done: int = 0) -> str:

@@ -98,7 +98,10 @@ def write_config(folder: Path, config: RunConfig, job_fields: dict, resumed_from
 
 def _config_copy(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_COPY
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}). It is a copy: remove it, or undo what was changed.") from error
 
 
 def overrides_of(folder: Path, config: RunConfig) -> list[str]:

@@ -101,6 +101,8 @@ def test_training_ends_with_a_clear_message(edit_folder, capsys, name):
     (["resume_from_checkpoint=true"], "no run to resume"),
     (["resume_from_checkpoint=yesterday"], "yesterday: no such folder"),
     (["adapter.init_from_existing=yesterday"], "yesterday: no such LoRA file"),
+    (["pipeline_stages=5"], "of 5 would hold layers"),
+    (["pipeline_stages=2", "partition_method=manual", "partition_split=[9]"], "pipeline stage 1 of 2 would hold layers 9..5"),
 ])
 def test_what_would_end_a_run_late_ends_the_dry_run(edit_folder, capsys, overrides, words):
     assert train.main(["--config", str(edit_folder.config), "--dry_run", *overrides]) == 2

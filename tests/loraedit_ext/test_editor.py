@@ -202,6 +202,15 @@ def test_no_lora_is_told_with_the_place_that_was_searched(edit_folder):
         edit(edit_folder)
 
 
+def test_a_run_or_its_state_instead_of_a_lora_is_told_with_where_that_is(trained):
+    """Of a state it was said once that the layers' files are several LoRAs, one of which to name."""
+    folder, run = trained, trained.runs()[0]
+    for named, told in ((run, r"no LoRA file in it .*\. Name one of its folders: step3, step6\."),
+                        (run / "global_step3", rf"full state, not a LoRA\. One of that step would be in {run / 'step3'}\.")):
+        with pytest.raises(UserError, match=told):
+            launch.edit(load_config(folder.config), named, None)
+
+
 def test_what_does_not_fit_the_job_is_told(trained, capsys):
     trained.job.write_text('trigger = "sks"\nframes = 5\n' + trained.job.read_text().replace("frame = 6", "frame = 3"))
     edit(trained)

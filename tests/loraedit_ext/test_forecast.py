@@ -108,8 +108,8 @@ def test_the_plan_of_a_resumed_run_counts_what_is_left(edit_folder, capsys):
     launch.train(whole.model_copy(update={"stage": whole.stage[1:]}), dry_run=True)
     (left,) = re.findall(r"^work      training (.* GFLOP), the edit", capsys.readouterr().out, re.MULTILINE)
     assert f"work      training from step 3 on {left}, the edit" in resumed
-    assert "motion: 3 steps (0 are left)" in resumed
-    assert "appearance: 3 steps (3 are left)" in resumed
+    assert "motion: 3 steps, 0 left, " in resumed
+    assert "appearance: 3 steps, 3 left, " in resumed
 
 
 def test_times_are_told_as_people_tell_them():

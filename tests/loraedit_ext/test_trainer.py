@@ -311,6 +311,14 @@ def test_a_clip_unlike_what_the_model_was_trained_on_is_told(edit_folder, open_m
     assert "every = 3 in the job" in capsys.readouterr().out
 
 
+def test_a_damaged_copy_of_the_configuration_is_named(edit_folder):
+    train(edit_folder)
+    (run,) = edit_folder.runs()
+    (run / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: not JSON .*remove it"):
+        train(edit_folder, "resume_from_checkpoint=true", "stage.1.steps=4")
+
+
 @pytest.mark.parametrize("damage", ["truncated", "removed"])
 def test_a_damaged_checkpoint_is_named(edit_folder, damage):
     train(edit_folder)
@@ -356,10 +364,10 @@ def test_the_plan_says_from_which_step_a_run_goes_on_and_what_it_will_write(edit
     (run,) = edit_folder.runs()
     assert "resumes" not in capsys.readouterr().out
     launch.train(load_config(edit_folder.config, [f"resume_from_checkpoint={run / 'global_step3'}"]), dry_run=True)
-    assert f"resumes   {run / 'global_step3'}, at step 3: 3 steps are left" in capsys.readouterr().out
+    assert f"resumes   {run / 'global_step3'}, at step 3: steps left: 3" in capsys.readouterr().out
     train(edit_folder, "resume_from_checkpoint=true")
     out = capsys.readouterr().out
-    assert f"resumes   {run / 'global_step6'}, at step 6: no steps are left" in out
+    assert f"resumes   {run / 'global_step6'}, at step 6: steps left: none" in out
     assert f"writes    {run}: config.json, metrics.jsonl, tensorboard events" in out
 
 
