@@ -130,14 +130,16 @@ def check(folder: Path, model: Mapping[str, Any], rank: int, alpha: float, optim
         UserError: it is of another model, rank, alpha or class of optimizer.
     """
     facts = load_facts(folder)
-    if facts["model"] != model or facts["rank"] != rank:
-        raise UserError(f"{folder}: is of another model or rank ({facts['model']}, rank {facts['rank']}) than this run "
-                        f"({model}, rank {rank}). Set model and adapter.rank to the state's, or start a new run.")  # fmt: skip
-    if (theirs := facts.get("alpha", alpha)) != alpha:
-        raise UserError(f"{folder}: was trained with alpha {theirs:g}, this run has {alpha:g}: what was learned would act "
-                        f"{alpha / theirs:.3g} times as much. Set adapter.alpha = {theirs:g}, or start a new run.")  # fmt: skip
-    if (theirs := facts.get("optimizer", optimizer)) != optimizer:
-        raise UserError(f"{folder}: holds the state of optimizer {theirs}, this run has {optimizer}, which cannot use it. "
+    theirs, mine = facts["model"] | {"rank": facts["rank"]}, {**model, "rank": rank}
+    if differing := [key for key in sorted(theirs | mine) if theirs.get(key) != mine.get(key)]:
+        details = "; ".join(f"{key}: state {theirs.get(key)!r}, this run {mine.get(key)!r}" for key in differing)
+        raise UserError(f"{folder}: is of another model or rank ({details}). Set model and adapter.rank to the state's, or "
+                        "start a new run.")  # fmt: skip
+    if (before := facts.get("alpha", alpha)) != alpha:
+        raise UserError(f"{folder}: was trained with alpha {before:g}, this run has {alpha:g}: what was learned would act "
+                        f"{alpha / before:.3g} times as much. Set adapter.alpha = {before:g}, or start a new run.")  # fmt: skip
+    if (their := facts.get("optimizer", optimizer)) != optimizer:
+        raise UserError(f"{folder}: holds the state of optimizer {their}, this run has {optimizer}, which cannot use it. "
                         "Set that optimizer.type, or start a new run from the LoRA: adapter.init_from_existing.")
     return facts
 

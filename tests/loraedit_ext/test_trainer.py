@@ -385,7 +385,7 @@ def test_a_checkpoint_of_other_linears_another_rank_alpha_or_optimizer_is_refuse
         (["adapter.exclude_modules=['ffn.2', 'ffn.0']"],
          r"layer_001\.safetensors: weight .*ffn\.0\.lora_A\.weight: this run does not train it.*exclude_modules"),
         ([], r"layer_001\.safetensors: weight .*ffn\.2\.lora_A\.weight: expected shape .*, found nothing.*exclude_modules"),
-        (["adapter.rank=8"], "another model or rank.*adapter.rank"),
+        (["adapter.rank=8"], r"another model or rank \(rank: state 4, this run 8\)\. Set model and adapter\.rank"),
         (["adapter.alpha=8"], "was trained with alpha 4, this run has 8: .* 2 times as much. Set adapter.alpha = 4"),
         (["optimizer.type=sgd"], r"global_step6: .* optimizer AdamW, this run has SGD.*init_from_existing"),
     ):
