@@ -130,10 +130,13 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     prepared = Prepared(model, job, stages, triples, plan_preview(config, job, model.geometry))
     if world.is_main:
         if resumed and state.is_newest(resumed):
+            check_writable(resumed.parent)
             with runs.claimed(resumed.parent):
                 pass  # refused here, not after the model is loaded
         cache = cache_of(config)
         cached = sum(identity(model, t, config.mask_rule) in cache for group in triples.values() for t in group)
+        if cached < sum(map(len, triples.values())):
+            check_writable(cache.folder)
         machine = this_machine(world)
         print(plan.describe(config, job, model, stages, triples, cached, transformer, replicas, machine, done), flush=True)
         if resumed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -461,6 +462,15 @@ def test_two_trainings_in_one_run_folder_are_refused(edit_folder):
         train(edit_folder, f"resume_from_checkpoint={run / 'global_step3'}")
     train(edit_folder, f"resume_from_checkpoint={run}", "stage.1.steps=4")
     assert (run / "latest").read_text() == "global_step7\n"
+
+
+def test_a_run_folder_that_may_not_be_written_is_refused_before_the_model_is_loaded(edit_folder, monkeypatch):
+    """Not by a real folder: tests may run as a user who may write everything."""
+    train(edit_folder)
+    (run,) = edit_folder.runs()
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != run)
+    with pytest.raises(UserError, match=rf"{run} may not be written to"):
+        launch.train(load_config(edit_folder.config, ["resume_from_checkpoint=true", "stage.1.steps=4"]), dry_run=True)
 
 
 def test_a_run_keeps_its_folder_to_itself_until_it_ends(edit_folder, monkeypatch):
