@@ -44,7 +44,7 @@ def inject(transformer: nn.Module, model: I2VModel, settings: AdapterSettings) -
     """Wrap the family's target linears with LoRA branches, on the meta device, and freeze everything else.
 
     Raises:
-        UserError: an entry of `exclude_modules` matches no linear.
+        UserError: an entry of `exclude_modules` matches no linear, or all together leave none.
     """
     from peft import LoraConfig
 
@@ -81,6 +81,8 @@ def target_names(transformer: nn.Module, model: I2VModel, excluded: Iterable[str
             raise UserError(
                 f"adapter.exclude_modules: `{suffix}` ends the name of no LoRA target. Targets are: {', '.join(ends)}."
             )
+        if not kept:
+            raise UserError(f"adapter.exclude_modules: {list(excluded)} leave no linear to train. Take one out.")
         names = kept
     return names
 

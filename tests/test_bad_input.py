@@ -99,6 +99,7 @@ def test_training_ends_with_a_clear_message(edit_folder, capsys, name):
     (["optimizer.betas=[0.9]"], "[optimizer] type = 'adamw'"),
     (["output_dir=edit.toml/runs"], "is a file"),
     (["cache_dir=edit.toml"], "is a file"),
+    (["adapter.exclude_modules=['q', 'k', 'v', 'o', 'ffn.0', 'ffn.2']"], "leave no linear to train"),
     (["resume_from_checkpoint=true"], "no run to resume"),
     (["resume_from_checkpoint=yesterday"], "yesterday: no such folder"),
     (["adapter.init_from_existing=yesterday"], "yesterday: no such LoRA file"),
