@@ -554,7 +554,7 @@ def test_a_run_is_that_without_offloading(tmp_path, tiny_wan, tiny_hunyuan, fami
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", [SETTING])
+@pytest.mark.parametrize("setting", [SETTING, f"activation_checkpointing={ATTENTION}"])
 def test_two_processes_keep_each_for_itself(edit_folder, setting):
     """To the bit what the same stages keep on the device, with more micro-batches than stages."""
     common = ["pipeline_stages=2", "gradient_accumulation_steps=4", "adapter.dropout=0.1", "eval_every_n_steps=3"]

@@ -102,7 +102,8 @@ def test_more_processes_than_passes_are_refused(edit_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("split", [["pipeline_stages=2", TWO_SAMPLES]], ids=["stages"])
+@pytest.mark.parametrize("split", [["pipeline_stages=2", TWO_SAMPLES], ["gradient_accumulation_steps=1"]],
+                         ids=["stages", "replicas"])
 def test_8_bit_storage_crosses_processes(edit_folder, split):
     launch(edit_folder, TWO_SAMPLES, *SGD, "model.transformer_dtype=float8")
     launch(edit_folder, *SGD, *split, "model.transformer_dtype=float8", processes=2)
