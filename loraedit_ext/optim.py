@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -92,6 +93,27 @@ def _named_optimizers(library: Any) -> dict[str, type[torch.optim.Optimizer]]:
 
 def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+@contextmanager
+def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, the weights are those that are meant to be used; behind it they are to the bit what they were.
+
+    Schedule-free optimizers take gradients at other points than the average that they arrive at (Defazio et al. 2024,
+    arXiv 2405.15682). With all others nothing happens.
+    """
+    if not hasattr(optimizer, "eval") or not optimizer.state:  # before the first step there is nothing to average
+        yield
+        return
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    before = [weight.detach().clone() for weight in weights]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        for weight, value in zip(weights, before, strict=True):
+            weight.data.copy_(value)
 
 
 def lr_factor(

@@ -23,7 +23,7 @@ from loraedit_ext import flow, forecast, lora, metrics, state
 from loraedit_ext import run as runs
 from loraedit_ext.config import ATTENTION, OFFLOAD, RunConfig, StageSettings
 from loraedit_ext.objective import Objective
-from loraedit_ext.optim import GradientGuard, build_optimizer, lr_factor
+from loraedit_ext.optim import GradientGuard, averaged, build_optimizer, lr_factor
 from loraedit_ext.patience import Patience
 from loraedit_ext.pipeline import Engine, World, check_world, split, stage_of
 from loraedit_ext.preview import FOLDER as PREVIEWS
@@ -271,6 +271,14 @@ class Trainer:
     def evaluate(self) -> None:
         """Loss of each regime at nine fixed quantiles of the timesteps, with fixed noise (diffusion-pipe's names)."""
         started = time.perf_counter()
+        with averaged(self.optimizer):
+            values = self._losses()
+        self.patience.add(self.step, values)
+        values["eval/eval_time_sec"] = time.perf_counter() - started
+        self.trackers.log(self.step, values)
+
+    def _losses(self) -> dict[str, float]:
+        """Of each regime at each quantile, and their means."""
         values: dict[str, float] = {}
         for regime, names in self.groups.items():
             group = [self.samples[name] for name in names]
@@ -280,9 +288,7 @@ class Trainer:
                 values[f"{regime}/loss_quantile_{quantile:.2f}"] = loss
             losses = [values[f"{regime}/loss_quantile_{quantile:.2f}"] for quantile in QUANTILES]
             values[f"{regime}/loss"] = sum(losses) / len(losses)
-        self.patience.add(self.step, values)
-        values["eval/eval_time_sec"] = time.perf_counter() - started
-        self.trackers.log(self.step, values)
+        return values
 
     def render_preview(self) -> None:
         """The edit with the LoRA as it is, to `previews/stepN.mp4` and the trackers.
@@ -291,7 +297,8 @@ class Trainer:
         """
         assert self.previewer is not None, "previews are planned wherever they are due"
         started = time.perf_counter()
-        latents = self.previewer.sample(self._forward)
+        with averaged(self.optimizer):
+            latents = self.previewer.sample(self._forward)
         if self.world.is_main:
             path = self.run / PREVIEWS / f"step{self.step}.mp4"
             self.trackers.video(self.step, "preview", self.previewer.write(latents, path))
@@ -324,8 +331,9 @@ class Trainer:
         self.world.barrier()
 
     def _gathered(self) -> dict[str, torch.Tensor]:
-        """The weights of all stages, on the main process."""
-        mine = {name: weight.detach().cpu() for name, weight in self.weights.items()}
+        """The weights of all stages as they are meant to be used, on the main process."""
+        with averaged(self.optimizer):
+            mine = {name: weight.detach().to("cpu", copy=True) for name, weight in self.weights.items()}
         return {name: weight for part in self.engine.gather_stages(mine) for name, weight in part.items()}
 
     def metadata(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -16,9 +17,9 @@ from safetensors.torch import load, load_file
 
 from common.errors import UserError
 from dataset.images import read_image, write_png
-from loraedit_ext import inspect, launch, metrics, plan, state
+from loraedit_ext import inspect, launch, metrics, optim, plan, state
 from loraedit_ext import run as runs
-from loraedit_ext.config import load_config
+from loraedit_ext.config import OptimizerSettings, load_config
 from loraedit_ext.pipeline import World
 from loraedit_ext.trainer import Trainer
 
@@ -74,12 +75,12 @@ def test_a_finished_run_is_gone_from_memory(edit_folder):
     assert all(count <= before[name] for name, count in in_memory().items())
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "Prodigy"])
+@pytest.mark.parametrize("optimizer", ["adamw", "Prodigy", "ScheduleFreeAdamW"])
 def test_a_resumed_run_equals_the_uninterrupted_one(edit_folder, optimizer):
-    """Resumed within a stage, with dropout and a schedule: weights and losses to the bit."""
+    """Resumed within a stage, with dropout and a schedule: weights and losses to the bit, whatever is exported between."""
     common = ["adapter.dropout=0.1", "lr_scheduler=cosine", "warmup_steps=2", f"optimizer.type={optimizer}"]
     common += ["optimizer.lr=1.0"] if optimizer == "Prodigy" else []
-    train(edit_folder, *common)
+    train(edit_folder, *common, "save_every_n_steps=1")
     train(edit_folder, *common, "checkpoint_every_n_steps=2")
     whole, second = edit_folder.runs()
     (second / "latest").write_text("global_step2\n")
@@ -87,6 +88,43 @@ def test_a_resumed_run_equals_the_uninterrupted_one(edit_folder, optimizer):
     assert edit_folder.losses(1) == edit_folder.losses(0)
     assert [row["step"] for row in edit_folder.metrics(1) if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
     assert_same(lora_of(whole, 6), lora_of(second, 6))
+
+
+def test_of_a_schedule_free_optimizer_the_average_is_exported_and_evaluated(edit_folder):
+    """Not the point where it takes gradients, (1 - beta) z + beta x with the average x."""
+    train(edit_folder, "optimizer.type=ScheduleFreeAdamW", "optimizer.lr=0.05", "eval_every_n_steps=6", "save_dtype=float32")
+    (run,) = edit_folder.runs()
+    exported, states = lora_of(run, 6), {}
+    for path in (run / "global_step6").glob("*.safetensors"):
+        states |= load_file(path)
+    names = {name.removesuffix("/weight") for name in states if name.endswith("/weight")}
+    far = 0.0
+    for name in names:
+        trained, z = states[f"{name}/weight"], states[f"{name}/z"]
+        average = exported["diffusion_model." + name.replace(".default", "")]
+        torch.testing.assert_close((1 - 0.9) * z + 0.9 * average, trained)
+        far = max(far, (average - trained).abs().max().item())
+    assert far > 1e-3
+    assert len(names) == len(exported)
+    before = edit_folder.metrics()[-1]
+    train(edit_folder, f"adapter.init_from_existing={run / 'step6'}", "eval_every_n_steps=6", "eval_before_first_step=true")
+    again = next(row for row in edit_folder.metrics() if "motion/loss" in row)
+    assert again["step"] == 0
+    assert again["motion/loss"] == pytest.approx(before["motion/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "ScheduleFreeAdamW", "ScheduleFreeRAdam", "ScheduleFreeSGD", "SPlus"])
+def test_looking_at_averages_changes_nothing(name):
+    def after(looks: bool) -> torch.Tensor:
+        weight = torch.nn.Parameter(torch.eye(4))
+        optimizer = optim.build_optimizer([weight], OptimizerSettings(type=name, lr=0.1))
+        for step in range(4):
+            with optim.averaged(optimizer) if looks else nullcontext():
+                weight.grad = torch.full((4, 4), 1.0 + step)
+            optimizer.step()
+        return weight.detach()
+
+    assert torch.equal(after(True), after(False))
 
 
 def test_an_earlier_state_goes_on_in_a_new_run_and_leaves_the_first_as_it_is(edit_folder, capsys):
