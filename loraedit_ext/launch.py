@@ -84,6 +84,15 @@ class Prepared:
     stages: Sequence[StageSettings]
     triples: Mapping[str, Sequence[Triple]]
     preview: Preview | None
+    resumed: Path | None
+    """The state that it goes on from."""
+    done: int
+    """The step that this is at."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run that was to be resumed is at its end already."""
+        return self.done >= sum(stage.steps for stage in self.stages)
 
     def samples(self) -> list[Triple | Unconditional]:
         """Everything that the frozen encoders are needed for."""
@@ -104,6 +113,10 @@ def train(config: RunConfig, dry_run: bool = False, cache_only: bool = False) ->
     with distributed() as world:
         logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s")
         prepared = prepare(config, world)
+        if prepared.finished and not cache_only:
+            if world.is_main:
+                print("done      nothing is left to train.", flush=True)
+            return
         samples = encode_all(prepared.model, prepared.samples(), cache_of(config), config.mask_rule, world)
         if not cache_only:
             with attention_backend(config.attention_backend):
@@ -126,24 +139,32 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     job = open_job(config, model)
     stages = plan.stages(config, job)
     done = _done(resumed, stages) if resumed else 0
-    triples = plan.triples(job, stages)
-    prepared = Prepared(model, job, stages, triples, plan_preview(config, job, model.geometry))
+    preview = plan_preview(config, job, model.geometry)
+    prepared = Prepared(model, job, stages, plan.triples(job, stages), preview, resumed, done)
     if world.is_main:
-        if resumed and state.is_newest(resumed):
-            check_writable(resumed.parent)
-            with runs.claimed(resumed.parent):
-                pass  # refused here, not after the model is loaded
-        cache = cache_of(config)
-        cached = sum(identity(model, t, config.mask_rule) in cache for group in triples.values() for t in group)
-        if cached < sum(map(len, triples.values())):
-            check_writable(cache.folder)
-        machine = this_machine(world)
+        cached = _check_folders(config, prepared)
+        machine, triples = this_machine(world), prepared.triples
         print(plan.describe(config, job, model, stages, triples, cached, transformer, replicas, machine, done), flush=True)
         if resumed:
             print(plan.describe_resume(resumed, done, stages), flush=True)
-        if prepared.preview:
-            print(describe_preview(prepared.preview, config, job, model), flush=True)
+        if preview:
+            print(describe_preview(preview, config, job, model), flush=True)
     return prepared
+
+
+def _check_folders(config: RunConfig, prepared: Prepared) -> int:
+    """Refuse folders that may not be written, or in which another process trains; returns how many samples are cached."""
+    if prepared.resumed and state.is_newest(prepared.resumed):
+        run = prepared.resumed.parent
+        check_writable(run)
+        with runs.claimed(run):
+            pass  # refused here, not after the model is loaded
+    cache = cache_of(config)
+    samples = [triple for group in prepared.triples.values() for triple in group]
+    cached = sum(identity(prepared.model, triple, config.mask_rule) in cache for triple in samples)
+    if cached < len(samples):
+        check_writable(cache.folder)
+    return cached
 
 
 def _check_beginning(config: RunConfig, model: I2VModel, layers: Sequence[PipelineLayer]) -> Path | None:

@@ -185,8 +185,6 @@ class Trainer:
 
     def train(self) -> None:
         """Run every step that is left; export and checkpoint on the way."""
-        if self.step >= self.total:
-            self._say(f"{self.run}: already at step {self.step} of {self.total}, nothing left to train.")
         try:
             if self.step == 0 and self.config.eval_every_n_steps and self.config.eval_before_first_step:
                 self.evaluate()

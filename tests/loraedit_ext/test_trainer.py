@@ -146,6 +146,17 @@ def test_an_earlier_state_goes_on_in_a_new_run_and_leaves_the_first_as_it_is(edi
     assert (second / "latest").read_text() == "global_step6\n"
 
 
+def test_a_finished_run_is_left_before_anything_is_loaded(edit_folder, monkeypatch, capsys):
+    train(edit_folder)
+    (run,) = edit_folder.runs()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    monkeypatch.setattr(launch, "encode_all", None)
+    train(edit_folder, "resume_from_checkpoint=true")
+    assert "at step 6: steps left: none\n" in (out := capsys.readouterr().out)
+    assert out.endswith("done      nothing is left to train.\n")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 def test_an_earlier_state_with_nothing_left_to_train_names_its_lora(edit_folder):
     train(edit_folder)
     (first,) = edit_folder.runs()
@@ -404,9 +415,9 @@ def test_the_plan_says_from_which_step_a_run_goes_on_and_what_it_will_write(edit
     assert "resumes" not in capsys.readouterr().out
     launch.train(load_config(edit_folder.config, [f"resume_from_checkpoint={run / 'global_step3'}"]), dry_run=True)
     assert f"resumes   {run / 'global_step3'}, at step 3: steps left: 3" in capsys.readouterr().out
-    train(edit_folder, "resume_from_checkpoint=true")
+    train(edit_folder, "resume_from_checkpoint=true", "stage.1.steps=4")
     out = capsys.readouterr().out
-    assert f"resumes   {run / 'global_step6'}, at step 6: steps left: none" in out
+    assert f"resumes   {run / 'global_step6'}, at step 6: steps left: 1" in out
     assert f"writes    {run}: config.json, metrics.jsonl, tensorboard events" in out
 
 
