@@ -1,6 +1,6 @@
 """The eight symmetries of a square: a rendered clip, mirrored and turned, is a new one for the price of encoding it.
 
-The first half of them mirror by turns (even numbers do not), each pair turns a quarter clockwise further.
+Odd numbers mirror left and right first; each pair turns a quarter clockwise further than the one before.
 """
 
 from __future__ import annotations
