@@ -135,12 +135,12 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     if config.pipeline_stages > 1:
         split(transformer.layers(), config.pipeline_stages, config.partition_method, config.partition_split)
     lora.inject(transformer, model, config.adapter)
-    resumed = _check_beginning(config, model, transformer.layers())
+    resumed, done = _check_beginning(config, model, transformer.layers())
     job = open_job(config, model)
     stages = plan.stages(config, job)
-    done = _done(resumed, stages) if resumed else 0
     preview = plan_preview(config, job, model.geometry)
     prepared = Prepared(model, job, stages, plan.triples(job, stages), preview, resumed, done)
+    _check_left(prepared)
     if world.is_main:
         cached = _check_folders(config, prepared)
         machine, triples = this_machine(world), prepared.triples
@@ -167,36 +167,35 @@ def _check_folders(config: RunConfig, prepared: Prepared) -> int:
     return cached
 
 
-def _check_beginning(config: RunConfig, model: I2VModel, layers: Sequence[PipelineLayer]) -> Path | None:
-    """Refuse a state or a LoRA that this run cannot begin with, before anything is encoded or loaded; returns the state.
+def _check_beginning(config: RunConfig, model: I2VModel, layers: Sequence[PipelineLayer]) -> tuple[Path | None, int]:
+    """Refuse a state or a LoRA that this run cannot begin with, before anything is encoded or loaded.
 
     Args:
         layers: of the transformer with the LoRA that will be trained, on the meta device.
+
+    Returns:
+        The state and the step that it is at; None and 0 for a new run.
     """
     if existing := config.adapter.init_from_existing:
-        found = lora.read(existing, model)
-        lora.check_model(found, model)
-        lora.load(lora.trainable(layers), found)
-    if resumed := runs.to_resume(config):
-        optimizer = find_optimizer(config.optimizer.type).__name__
-        state.check(resumed, model.describe(), config.adapter.rank, config.adapter.effective_alpha, optimizer)
-        state.check_weights(resumed, {index: lora.trainable([layer]) for index, layer in enumerate(layers)})
-    return resumed
+        lora.start_from(existing, model, lora.trainable(layers))
+    resumed = runs.to_resume(config)
+    if resumed is None:
+        return None, 0
+    optimizer = find_optimizer(config.optimizer.type).__name__
+    facts = state.check(resumed, model.describe(), config.adapter.rank, config.adapter.effective_alpha, optimizer)
+    state.check_weights(resumed, {index: lora.trainable([layer]) for index, layer in enumerate(layers)})
+    return resumed, facts["step"]
 
 
-def _done(resumed: Path, stages: Sequence[StageSettings]) -> int:
-    """The step that a state is at.
-
-    Raises:
-        UserError: it is not its run's newest, so that a new run would begin with it, and nothing is left to train.
-    """
-    done, total = state.load_facts(resumed)["step"], sum(stage.steps for stage in stages)
-    if done >= total and not state.is_newest(resumed):
+def _check_left(prepared: Prepared) -> None:
+    """Refuse a state that is not its run's newest, so that a new run would begin with it, if nothing is left to train."""
+    resumed, done = prepared.resumed, prepared.done
+    if resumed and prepared.finished and not state.is_newest(resumed):
         there = resumed.parent / f"step{done}" / lora.EXPORT_NAME
         learned = f", or edit with what was learned until then: inference.py --lora {there}" if there.is_file() else ""
+        total = sum(stage.steps for stage in prepared.stages)
         raise UserError(f"{resumed}: is at step {done}, and the stages end at step {total}: nothing is left to train. Raise "
                         f"the last stage's steps{learned}.")  # fmt: skip
-    return done
 
 
 def this_machine(world: World) -> plan.Machine:
@@ -214,7 +213,7 @@ def _run(
 
     trainer = Trainer(
         config, prepared.job, prepared.model, samples, group_names(prepared.triples), prepared.stages, world,
-        world.broadcast(runs.to_resume(config)), prepared.preview,
+        world.broadcast(prepared.resumed), prepared.preview,
     )  # fmt: skip
     if world.is_main:
         print(plan.describe_files(trainer.run, prepared.stages, trainer.step), flush=True)

@@ -340,6 +340,19 @@ def check_model(lora: LoraFile, model: I2VModel) -> None:
     _check_fit(model.build_transformer(), lora)
 
 
+def start_from(
+    path: Path, model: I2VModel, parameters: Mapping[str, nn.Parameter], scale: float = 1.0, partial: bool = False
+) -> None:
+    """`load` the LoRA at a path.
+
+    Raises:
+        UserError: it cannot be read, is of another model, or does not fit.
+    """
+    lora = read(path, model)
+    check_model(lora, model)
+    load(parameters, lora, scale, partial)
+
+
 def load(
     parameters: Mapping[str, nn.Parameter], lora: LoraFile, scale: float = 1.0, partial: bool = False
 ) -> None:

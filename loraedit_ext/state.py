@@ -152,8 +152,8 @@ def check_weights(folder: Path, layers: Mapping[int, Mapping[str, nn.Parameter]]
     """
     for index, weights in layers.items():
         if weights:
-            with _opened(folder, index) as (path, file):
-                _check_layer(path, file, weights)
+            with _opened(folder, index, weights):
+                pass
 
 
 def load(
@@ -166,20 +166,20 @@ def load(
     """
     for index, weights in layers.items():
         if weights:
-            with _opened(folder, index) as (path, file):
-                _check_layer(path, file, weights)
+            with _opened(folder, index, weights) as file:
                 _load_layer(file, weights, optimizer)
 
 
 @contextmanager
-def _opened(folder: Path, index: int) -> Iterator[tuple[Path, Any]]:
-    """The file of a layer, and its path."""
+def _opened(folder: Path, index: int, weights: Mapping[str, nn.Parameter]) -> Iterator[Any]:
+    """The file of a layer, which holds these weights."""
     from safetensors import SafetensorError, safe_open
 
     path = folder / f"layer_{index:03d}.safetensors"
     try:
         with safe_open(path, "pt") as file:
-            yield path, file
+            _check_layer(path, file, weights)
+            yield file
     except (OSError, SafetensorError, TypeError, KeyError) as error:
         raise UserError(f"{path}: unreadable training state ({error}). Resume from another checkpoint.") from error
 

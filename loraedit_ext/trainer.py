@@ -131,11 +131,8 @@ class Trainer:
         )
 
     def _start_from_existing(self) -> None:
-        existing = self.config.adapter.init_from_existing
-        if existing:
-            found = lora.read(existing, self.model)
-            lora.check_model(found, self.model)
-            lora.load(self.weights, found, self.scale, partial=self.config.pipeline_stages > 1)
+        if existing := self.config.adapter.init_from_existing:
+            lora.start_from(existing, self.model, self.weights, self.scale, partial=self.config.pipeline_stages > 1)
 
     def _place(self, stages: Sequence[StageSettings]) -> Iterator[StageRun]:
         first = 0
