@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from loraedit_ext import cli
-from loraedit_ext.config import Family
+from loraedit_ext.family import Family
 
 DESCRIPTION = (
     "Make an edit job of a video. Without --edited it writes the frame to edit; with it, it finds what was edited, follows "

@@ -21,6 +21,7 @@ from common.files import placed
 from common.settings import Settings, load_settings, read_toml
 from dataset.schema import JobSettings
 from loraedit_ext import diffusion_pipe
+from loraedit_ext.family import Family
 from loraedit_ext.flow import SamplerName, TimestepMethod
 from loraedit_ext.masks import MaskRule
 from loraedit_ext.regimes import EditCondition, Regime
@@ -29,7 +30,6 @@ from models.wan.config import BOUNDARY, Expert
 
 DType = Literal["float32", "bfloat16"]
 StorageDType = Literal["float32", "bfloat16", "float8", "int8"]
-Family = Literal["wan", "hunyuan-video"]
 OFFLOAD = "offload"
 ATTENTION = "attention"
 """Values of `activation_checkpointing`, beside true and false."""

@@ -18,9 +18,10 @@ from dataset.resize import Grid
 from dataset.triple import EncodedTriple, Triple
 from loraedit_ext import lora, pieces, plan, regimes, state
 from loraedit_ext import run as runs
-from loraedit_ext.config import Family, RunConfig, StageSettings
+from loraedit_ext.config import RunConfig, StageSettings
 from loraedit_ext.doctor import ram
 from loraedit_ext.encode import Unconditional, encode_all, identity
+from loraedit_ext.family import Family
 from loraedit_ext.forecast import product_rate
 from loraedit_ext.hunyuan import MaskedHunyuan
 from loraedit_ext.optim import check_optimizer, find_optimizer

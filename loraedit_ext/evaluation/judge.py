@@ -51,9 +51,8 @@ def judge(subject: Subject, settings: EvaluationSettings, device: torch.device) 
     the metrics over time.
     """
     evaluation = Evaluation()
-    clip_folder = settings.clip_path or Path.cwd() / DEFAULT_CLIP
     parts: tuple[Callable[[], list[Value]], ...] = (
-        lambda: _clip(subject, clip_folder, device, evaluation),  # first, since weights that are none end it all
+        lambda: _clip(subject, settings.clip_path, device, evaluation),  # first, since weights that are none end it all
         lambda: _background(subject, evaluation), lambda: _edit_region(subject), lambda: _border(subject),
         lambda: _over_time(subject, evaluation), lambda: [_deqa(subject, settings, evaluation)],
     )  # fmt: skip
@@ -118,9 +117,10 @@ def _over_time(subject: Subject, evaluation: Evaluation) -> list[Value]:
     return [*values, computed("flicker_inside", still, floor)]
 
 
-def _clip(subject: Subject, folder: Path, device: torch.device, evaluation: Evaluation) -> list[Value]:
+def _clip(subject: Subject, given: Path | None, device: torch.device, evaluation: Evaluation) -> list[Value]:
     keys = ("clip_score", "clip_score_later", "input_similarity")
-    if clip_metrics.find_weights(folder) is None:
+    folder = given or Path.cwd() / DEFAULT_CLIP
+    if given is None and clip_metrics.find_weights(folder) is None:  # what was named must be there
         reason = f"looked for {folder / clip_metrics.WEIGHTS[0]}; set evaluation.clip_path"
         return [missing(key, reason) for key in keys]
     clip = clip_metrics.ClipImages(folder, device)

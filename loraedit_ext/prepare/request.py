@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from common.errors import ErrorCollector, UserError
 from dataset.resize import Box
-from loraedit_ext.config import Family
+from loraedit_ext.family import Family
 
 MARGIN = 0.1
 Point = tuple[int, int]

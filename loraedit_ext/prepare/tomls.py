@@ -11,7 +11,8 @@ from typing import Any
 from common.errors import ErrorCollector, UserError
 from common.settings import read_toml
 from dataset.schema import load_job_settings
-from loraedit_ext.config import Family, load_config
+from loraedit_ext.config import load_config
+from loraedit_ext.family import Family
 from loraedit_ext.prepare.folder import JobFolder
 from loraedit_ext.prepare.request import Request
 

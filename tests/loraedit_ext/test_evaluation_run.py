@@ -129,6 +129,12 @@ def test_the_reference_is_what_the_edit_was_made_from(folder, run_folder, edited
         shutil.copy(tmp_path / "first.png", folder / "first.png")
 
 
+def test_a_clip_model_that_is_named_must_be_there(folder, run_folder, capsys):
+    """Only the default one may be missing; a wrong path once ended as "not computed" in the table."""
+    assert evaluate.main(["--config", str(folder / "edit.toml"), f"evaluation.clip_path={folder / 'clpi'}"]) == 2
+    assert f"{folder / 'clpi'}: not a whole CLIP folder" in capsys.readouterr().err
+
+
 def test_a_finished_run_is_judged_by_its_config(folder, run_folder, capsys):
     assert evaluate.main(["--config", str(folder / "edit.toml")]) == 0
     out = json.loads((run_folder / "edit/evaluation.json").read_text())
