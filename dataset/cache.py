@@ -17,7 +17,7 @@ from torch import Tensor
 from common.files import hash_json, write_atomic
 from dataset.triple import EncodedTriple
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 """Version of the entries; part of every key, so a change of it makes all entries misses."""
 _CONDITION = "condition."
 _LENGTH = 8  # bytes of a safetensors file that say how long its JSON head is

@@ -21,12 +21,13 @@ from common.files import hash_file, hash_json
 from common.progress import stepping
 from dataset import images
 from dataset.containers import gif_images, missing_matroska_bytes, missing_mp4_bytes
+from dataset.hdr import Transfer, to_standard
 
 FORMATS = "mp4, mov, webm, mkv or gif"
 FOLDER_FPS = Fraction(16)
 """Rate of a folder of images that nobody gave a rate."""
 ReadPicture = Callable[[Path], np.ndarray]
-_HDR = {16: "PQ", 18: "HLG"}  # AVCOL_TRC values
+_HDR: dict[int, Transfer] = {16: "PQ", 18: "HLG"}  # AVCOL_TRC values
 _CURE = "Export or download it again, or re-encode it (ffmpeg -i IN OUT.mp4)."
 
 
@@ -116,7 +117,8 @@ def read_video(path: Path, first: int = 0, count: int | None = None, every: int 
     """Decode the whole file and keep `count` frames (default: all) from index `first` in steps of `every`.
 
     Frame counts and rates come from decoding, never from the header; rotation is applied. Colours
-    follow FFmpeg's rule (BT.601 if untagged), so frames equal those that FFmpeg and (but mirrored ones) OpenCV extract.
+    follow FFmpeg's rule (BT.601 if untagged), so frames equal those that FFmpeg and (but mirrored ones) OpenCV extract; HDR
+    is brought into the standard range (`hdr`).
     Fewer frames are kept where the file ends earlier; `total` tells.
 
     Raises:
@@ -257,16 +259,23 @@ def _upright_rgb(frame: av.VideoFrame, notes: dict[str, None]) -> np.ndarray:
         notes[f"turned upright by {frame.rotation % 360} degrees, as the file says"] = None
     if frame.colorspace == 2 and "yuv" in frame.format.name:
         notes["no colour matrix in the file: read as BT.601, as FFmpeg and OpenCV do"] = None
-    if frame.color_trc in _HDR:
-        notes[f"HDR ({_HDR[frame.color_trc]}) taken as it is, without tone mapping: looks pale"] = None
     alpha = any(component.is_alpha for component in frame.format.components)
     if alpha and frame.to_ndarray(format="rgba")[..., 3].min() < 255:
         notes["has transparent pixels: the colours under them are used"] = None
-    picture = frame.to_ndarray(format="rgb24")
+    picture = _picture(frame, notes)
     if _is_mirrored(frame):
         notes["mirrored, as the file says"] = None
         picture = picture[::-1]  # what is left is a rotation: it is measured by the picture's horizontal edge
     return np.ascontiguousarray(np.rot90(picture, frame.rotation // 90))
+
+
+def _picture(frame: av.VideoFrame, notes: dict[str, None]) -> np.ndarray:
+    """uint8 (H, W, 3) of the standard range, as it is stored."""
+    transfer = _HDR.get(frame.color_trc)
+    if transfer is None:
+        return frame.to_ndarray(format="rgb24")
+    notes[f"HDR ({transfer}) brought into the standard range (BT.709): a result is in that, too"] = None
+    return to_standard(frame.to_ndarray(format="rgb48le"), transfer)
 
 
 def _is_mirrored(frame: av.VideoFrame) -> bool:
