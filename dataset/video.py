@@ -28,6 +28,7 @@ FOLDER_FPS = Fraction(16)
 """Rate of a folder of images that nobody gave a rate."""
 ReadPicture = Callable[[Path], np.ndarray]
 _HDR: dict[int, Transfer] = {16: "PQ", 18: "HLG"}  # AVCOL_TRC values
+_WIDE = {9: "BT.2020", 11: "DCI-P3", 12: "Display P3"}  # AVCOL_PRI values
 _CURE = "Export or download it again, or re-encode it (ffmpeg -i IN OUT.mp4)."
 
 
@@ -259,6 +260,10 @@ def _upright_rgb(frame: av.VideoFrame, notes: dict[str, None]) -> np.ndarray:
         notes[f"turned upright by {frame.rotation % 360} degrees, as the file says"] = None
     if frame.colorspace == 2 and "yuv" in frame.format.name:
         notes["no colour matrix in the file: read as BT.601, as FFmpeg and OpenCV do"] = None
+    if frame.interlaced_frame:
+        notes["interlaced: what moves shows combs, unless you make it progressive (ffmpeg -i IN -vf bwdif OUT.mp4)"] = None
+    if frame.color_primaries in _WIDE and frame.color_trc not in _HDR:
+        notes[f"colours of {_WIDE[frame.color_primaries]} taken for BT.709's: looks a little pale"] = None
     alpha = any(component.is_alpha for component in frame.format.components)
     if alpha and frame.to_ndarray(format="rgba")[..., 3].min() < 255:
         notes["has transparent pixels: the colours under them are used"] = None

@@ -28,11 +28,11 @@ def box_masks(count: int = 9, width: int = 64, height: int = 48) -> np.ndarray:
 def encode(
     path: Path, frames: np.ndarray, codec: str = "libx264", container: str | None = None,
     pix_fmt: str = "yuv420p", rate: Fraction | int = 30, ticks: list[int] | None = None,
-    options: dict[str, str] | None = None, audio: bool = False,
+    options: dict[str, str] | None = None, audio: bool = False, stream_options: dict[str, str] | None = None,
 ) -> Path:
     """Encode without any code of ours; `ticks` are presentation times in 1/1000 s."""
     with av.open(str(path), "w", format=container, options=options or {}) as output:
-        stream = output.add_stream(codec, rate=Fraction(rate))
+        stream = output.add_stream(codec, rate=Fraction(rate), options=stream_options)
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], pix_fmt
         if ticks:
             stream.codec_context.time_base = Fraction(1, 1000)

@@ -134,6 +134,20 @@ def test_a_mirrored_picture_is_mirrored_as_players_do(tmp_path, matrix, seen):
     assert "mirrored, as the file says" in video.notes
 
 
+@pytest.mark.parametrize(("codec", "suffix"), [("libx264", "mp4"), ("mpeg2video", "mkv")])
+def test_interlaced_frames_are_told(tmp_path, codec, suffix):
+    """A camcorder's: two half pictures of two moments in each frame."""
+    plain = encode(tmp_path / f"plain.{suffix}", picture_frames(), codec)
+    woven = encode(tmp_path / f"woven.{suffix}", picture_frames(), codec, stream_options={"flags": "+ildct+ilme"})
+    assert not [note for note in read_video(plain).notes if "interlaced" in note]
+    assert [note for note in read_video(woven).notes if "bwdif" in note]
+
+
+def test_wide_colours_are_told(tmp_path):
+    path = encode(tmp_path / "p3.mp4", picture_frames(), stream_options={"color_primaries": "smpte432"})
+    assert "colours of Display P3 taken for BT.709's: looks a little pale" in read_video(path).notes
+
+
 def test_an_edit_list_that_cuts_everything_is_told(tmp_path):
     path = encode(tmp_path / "a.mp4", picture_frames(3))
     data = bytearray(path.read_bytes())
