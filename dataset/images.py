@@ -11,6 +11,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import write_atomic
+from dataset.profiles import in_srgb
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 ONE_COLOUR = 24
@@ -18,9 +19,10 @@ ONE_COLOUR = 24
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Read a picture as uint8 (H, W, 3) in RGB; 16-bit values are rounded to 8 bits.
+    """Read a picture as uint8 (H, W, 3) in sRGB; 16-bit values are rounded to 8 bits.
 
-    A JPEG is turned upright by its EXIF tag, as viewers do; other formats are taken as stored.
+    As viewers do, a JPEG is turned upright by its EXIF tag (other formats are taken as stored), and colours follow the
+    picture's profile.
 
     Raises:
         UserError: the file is missing, empty, truncated, no picture of a known format, or transparent.
@@ -28,7 +30,7 @@ def read_image(path: Path) -> np.ndarray:
     image = _read(path)
     if _is_transparent(image):
         raise UserError(f"{path}: has transparent pixels, expected an opaque picture. Flatten it.")
-    return _rgb(image)
+    return in_srgb(_rgb(image), path)
 
 
 def read_mask(path: Path) -> np.ndarray:
