@@ -16,7 +16,7 @@ import numpy as np
 
 from common.errors import ErrorCollector, UserError
 from common.files import hash_json
-from dataset import images
+from dataset import footage, images
 from dataset.resize import Box, Fit, Grid, Size, box_around, fit
 from dataset.schema import EditedFrameSettings, JobSettings, load_job_settings
 from dataset.video import Video, hash_media, nice_rate, read_media
@@ -298,7 +298,7 @@ class _Loader:
         rate = f"`every` = {every} makes it {float(source.fps / every):.6g} fps" if every > 1 else "no rate conversion"
         self._say(f"source {source.path.name}: {source.total} frames of {width}x{height}, {kind} "
                   f"{float(source.fps):.6g} fps, {audio}; {rate}")
-        for note in source.notes:
+        for note in (*source.notes, *footage.notes(source.frames, self.settings.start, every)):
             self._say(f"source {source.path.name}: {note}")
 
     def _count(self, source: Video) -> int:

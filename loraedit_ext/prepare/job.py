@@ -17,6 +17,7 @@ import numpy as np
 from common.errors import UserError
 from common.progress import stepping
 from common.settings import read_toml
+from dataset import footage
 from dataset.images import SUFFIXES, write_png
 from dataset.resize import box_around
 from dataset.video import Video
@@ -70,7 +71,8 @@ def prepare(request: Request) -> list[str]:
     steps = f" in steps of {request.every}" if request.every > 1 else ""
     lines = [f"clip      {request.source.name}: frames {request.start} to {last}{steps} of "
              f"{clip.total}, {clip.size[0]}x{clip.size[1]}",
-             *(f"note      {clip.path.name}: {note}" for note in clip.notes)]  # fmt: skip
+             *(f"note      {clip.path.name}: {note}"
+               for note in (*clip.notes, *footage.notes(clip.frames, request.start, request.every)))]  # fmt: skip
     edited, keys = read_given(request, clip)
     folder = JobFolder(request.out, request.overwrite, {*request.edited.values(), *request.painted.values()})
     if not (keys or request.clicks or request.background):

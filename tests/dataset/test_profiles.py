@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from media_makers import picture_frames
 from PIL import Image, ImageCms
 
 from dataset.images import read_image, read_mask
-from tests.dataset.media_makers import picture_frames
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 EXCHANGED = SRGB.replace(b"rXYZ", b"????", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"????", b"gXYZ", 1)
