@@ -31,8 +31,9 @@ def notes(frames: np.ndarray, first: int = 0, every: int = 1) -> Iterator[str]:
         yield (f"looks cut before frame {_listed(found)}: an edit follows one shot. Choose `start` and `frames` within one, "
                "unless this is a flash")
     if found := [first + every * index for index in repeats(steps)]:
-        yield (f"{len(found)} frames repeat the one before ({_listed(found)}): its motion stutters, and an edit's will. Leave them "
-               "out (`every` = 2 if each second one repeats; or ffmpeg -i IN -vf mpdecimate,setpts=N/FRAME_RATE/TB OUT.mp4)")
+        yield (f"{len(found)} frames repeat the one before ({_listed(found)}): its motion stutters, and so will an edit's. "
+               "Leave them out: `every` = 2 if each second one repeats, else "
+               "ffmpeg -i IN -vf mpdecimate,setpts=N/FRAME_RATE/TB OUT.mp4")
 
 
 def cuts(steps: np.ndarray) -> list[int]:

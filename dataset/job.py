@@ -17,7 +17,7 @@ import numpy as np
 from common.errors import ErrorCollector, UserError
 from common.files import hash_json
 from dataset import footage, images
-from dataset.resize import Box, Fit, Grid, Size, box_around, fit
+from dataset.resize import Box, Fit, Grid, Size, alike, box_around, fit, scaled
 from dataset.schema import EditedFrameSettings, JobSettings, load_job_settings
 from dataset.video import Video, hash_media, nice_rate, read_media
 
@@ -412,6 +412,8 @@ class _Loader:
                     self._hash(f"edited_frame.{index}", edit.image)
                     own = edit.caption or edit.caption_file or self.settings.edited_caption
                     note = "" if own or not caption else ", with the source's caption for want of its own"
+                    if (size := (image.shape[1], image.shape[0])) not in (fitted.source, fitted.size):
+                        note = f", scaled from {size[0]}x{size[1]}{note}"
                     self._say(f"edited frame {index}{self._place(index)} is {edit.image.name}{note}")
         return tuple(found[index] for index in sorted(found))
 
@@ -497,10 +499,12 @@ def grey_levels(path: Path, pictures: np.ndarray) -> np.ndarray:
 
 
 def _fit_edit(path: Path, image: np.ndarray, fitted: Fit) -> np.ndarray:
+    """An edited picture at the working size; image models give it back at a size of their own."""
     size = (image.shape[1], image.shape[0])
-    if size == fitted.source:
-        return fitted.image(image)
     if size == fitted.size:
         return image
+    if alike(size, fitted.source):
+        return fitted.image(scaled(image, fitted.source))
     sizes = " or ".join(f"{w}x{h}" for w, h in dict.fromkeys([fitted.source, fitted.size]))
-    raise UserError(f"{path}: edited frame is {size[0]}x{size[1]}, expected {sizes}. Export it at that size.")
+    raise UserError(f"{path}: edited frame is {size[0]}x{size[1]}, expected {sizes}, or the same aspect. Crop what was added, "
+                    "or export it at that size.")

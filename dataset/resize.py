@@ -130,12 +130,12 @@ class Fit:
 
     def image(self, image: np.ndarray) -> np.ndarray:
         """uint8 (H, W, 3) at source size -> working size: area average down, cubic up."""
-        return np.ascontiguousarray(_scale(self.cut(image), self.size))
+        return np.ascontiguousarray(scaled(self.cut(image), self.size))
 
     def laid_over(self, source: np.ndarray, image: np.ndarray) -> np.ndarray:
         """A copy of a picture at source size with one at working size, scaled back, in place of the crop; uint8 (H, W, 3)."""
         whole = source.copy()
-        self.cut(whole)[:] = _scale(image, self.crop)
+        self.cut(whole)[:] = scaled(image, self.crop)
         return whole
 
     def frames(self, frames: np.ndarray) -> np.ndarray:
@@ -169,15 +169,21 @@ def fit(source: Size, size: Size, window: Box | None = None) -> Fit:
     """
     left, top, width, height = window or (0, 0, *source)
     right, bottom = left + width, top + height
-    stretch = size[0] * height / (size[1] * width)
-    if abs(stretch - 1) > MAX_STRETCH:
+    if not alike(size, (width, height)):
+        stretch = size[0] * height / (size[1] * width)
         width = max(1, round(width * min(1.0, stretch)))
         height = max(1, round(height * min(1.0, 1 / stretch)))
     offset = ((left + right - width) // 2, (top + bottom - height) // 2)
     return Fit(source, offset, (width, height), size)
 
 
-def _scale(image: np.ndarray, size: Size) -> np.ndarray:
+def alike(one: Size, other: Size) -> bool:
+    """Whether two sizes have about the same aspect, so that a picture of one may be stretched to the other."""
+    return abs(one[0] * other[1] / (one[1] * other[0]) - 1) <= MAX_STRETCH
+
+
+def scaled(image: np.ndarray, size: Size) -> np.ndarray:
+    """uint8 (H, W, 3) -> that size: area average down, cubic up."""
     height, width = image.shape[:2]
     smaller = (min(width, size[0]), min(height, size[1]))
     if smaller != (width, height):

@@ -10,7 +10,7 @@ import numpy as np
 from common.errors import ErrorCollector, UserError
 from dataset.images import read_image, read_mask
 from dataset.job import check_mask, grey_levels
-from dataset.resize import Grid, box_around
+from dataset.resize import Grid, alike, box_around, scaled
 from dataset.schema import JobSettings
 from dataset.video import Video, read_media
 from loraedit_ext import masks
@@ -42,15 +42,15 @@ def read_clip(request: Request) -> Video:
     return replace(read, frames=read.frames[:used], times=read.times[:used])
 
 
-def read_given(request: Request, clip: Video) -> tuple[dict[int, np.ndarray], dict[int, Region]]:
-    """Edited pictures, uint8 (H, W, 3), and the regions to edit, by frame of the clip.
+def read_given(request: Request, clip: Video) -> tuple[dict[int, np.ndarray], dict[int, Region], list[str]]:
+    """Edited pictures, uint8 (H, W, 3) at the source's size, and the regions to edit, by frame of the clip; which were scaled.
 
     Regions that the person drew hold; without any, each edited picture shows its own.
 
     Raises:
         UserError: all that does not fit the clip, together; or a picture does not tell where its edit is.
     """
-    errors, edited, drawn = ErrorCollector(), {}, {}
+    errors, edited, drawn, told = ErrorCollector(), {}, {}, []
     for frame in request.pictures:
         with errors.catch():
             _check_frame(f"--frame {frame}", frame, clip)
@@ -62,13 +62,17 @@ def read_given(request: Request, clip: Video) -> tuple[dict[int, np.ndarray], di
     for frame, path in sorted(request.edited.items()):
         with errors.catch():
             _check_frame(f"edited picture of frame {frame}", frame, clip)
-            edited[frame] = _edited_picture(path, clip)
+            picture = read_image(path)
+            edited[frame] = _at_source_size(path, picture, clip)
+            if edited[frame] is not picture:
+                told.append(f"{path.name}: scaled from {picture.shape[1]}x{picture.shape[0]} to {clip.size[0]}x{clip.size[1]}")
     for frame in sorted({*request.boxes, *request.painted}):
         with errors.catch():
             _check_frame(f"region of frame {frame}", frame, clip)
             drawn[frame] = _drawn(request, clip, frame)
     errors.raise_if_any()
-    return edited, drawn or {frame: _region_of_edit(request, clip, frame, picture) for frame, picture in edited.items()}
+    regions = drawn or {frame: _region_of_edit(request, clip, frame, picture) for frame, picture in edited.items()}
+    return edited, regions, told
 
 
 def _check_frame(what: str, frame: int, clip: Video) -> None:
@@ -84,13 +88,13 @@ def _check_pixel(what: str, frame: int, pixel: Point, clip: Video) -> None:
                         f"from 0 to {height - 1}, counted from the left and the top.")  # fmt: skip
 
 
-def _edited_picture(path: Path, clip: Video) -> np.ndarray:
-    picture = read_image(path)
-    if picture.shape != clip.frames[0].shape:
-        height, width = picture.shape[:2]
-        raise UserError(f"{path}: is {width}x{height}, expected {clip.size[0]}x{clip.size[1]} as {clip.path.name}. "
-                        "Export it at that size.")  # fmt: skip
-    return picture
+def _at_source_size(path: Path, picture: np.ndarray, clip: Video) -> np.ndarray:
+    """Image models give a picture back at a size of their own."""
+    size = (picture.shape[1], picture.shape[0])
+    if not alike(size, clip.size):
+        raise UserError(f"{path}: is {size[0]}x{size[1]}, expected {clip.size[0]}x{clip.size[1]} as {clip.path.name}, or the "
+                        "same aspect. Crop what was added, or export it at that size.")  # fmt: skip
+    return scaled(picture, clip.size)
 
 
 def _drawn(request: Request, clip: Video, frame: int) -> Region:

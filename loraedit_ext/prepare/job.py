@@ -73,7 +73,8 @@ def prepare(request: Request) -> list[str]:
              f"{clip.total}, {clip.size[0]}x{clip.size[1]}",
              *(f"note      {clip.path.name}: {note}"
                for note in (*clip.notes, *footage.notes(clip.frames, request.start, request.every)))]  # fmt: skip
-    edited, keys = read_given(request, clip)
+    edited, keys, told = read_given(request, clip)
+    lines += [f"note      {each}" for each in told]
     folder = JobFolder(request.out, request.overwrite, {*request.edited.values(), *request.painted.values()})
     if not (keys or request.clicks or request.background):
         folder.make()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -148,6 +149,17 @@ def test_from_a_video_to_a_job_in_two_calls(folder):
     assert np.array_equal(job.first_edit.image, read_image(folder / "edited.png"))
     found = {path.name for path in (folder / "job").iterdir()}
     assert {"preview.mp4", "preview.png", "mask", "frame.png", "job.toml", "edit.toml"} <= found
+
+
+def test_a_picture_that_an_image_model_gave_another_size_shows_the_same_region(folder):
+    prepare(request(folder, edited={0: folder / "edited.png"}))
+    whole = job_of(folder).grey_mask.astype(int)
+    smaller = cv2.resize(read_image(folder / "edited.png"), (144, 146), interpolation=cv2.INTER_AREA)
+    write_png(folder / "smaller.png", smaller)
+    shutil.rmtree(folder / "job")
+    lines = prepare(request(folder, edited={0: folder / "smaller.png"}))
+    assert "note      smaller.png: scaled from 144x146 to 192x192" in lines
+    assert np.abs(job_of(folder).grey_mask - whole).mean() < 0.02 * 255
 
 
 def test_a_job_with_a_hand_written_every_is_not_given_the_masks_of_other_frames(folder):
@@ -464,7 +476,7 @@ def test_the_same_call_again_writes_the_same(folder):
     ({"boxes": {0: (SIZE, 0, 9, 9)}}, "marks nothing inside the picture of 192x192"),
     ({"painted": {0: Path("black.png")}}, r"black.png: marks nothing \(brightest value 0\)"),
     ({"painted": {0: Path("small.png")}}, "masks are 20x20, expected 192x192"),
-    ({"edited": Path("small.png")}, "is 20x20, expected 192x192"),
+    ({"edited": Path("wide.png")}, "is 30x20, expected 192x192 as source, or the same aspect. Crop"),
     ({"edited": Path("source/00000.png")}, "does not differ from frame 0"),
     ({"edited": Path("other.png")}, "does not tell where the edit is"),
     ({"edited": Path("none.png")}, "none.png"),
@@ -472,6 +484,7 @@ def test_the_same_call_again_writes_the_same(folder):
 def test_what_cannot_be_done_is_told_with_the_cure(folder, change, words):
     write_png(folder / "black.png", np.zeros((SIZE, SIZE, 3), np.uint8))
     write_png(folder / "small.png", np.full((20, 20, 3), 255, np.uint8))
+    write_png(folder / "wide.png", np.full((20, 30, 3), 255, np.uint8))
     write_png(folder / "other.png", 255 - read_image(folder / "source" / "00000.png"))
     if "edited" in change:
         change = {"edited": {0: folder / change["edited"]}}
