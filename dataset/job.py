@@ -35,8 +35,8 @@ class EditedFrame:
     """uint8 (H, W, 3)."""
     caption: str
     path: Path
-    enlarged: bool = False
-    """Whether it was given at a smaller size than this."""
+    rescaled: bool = False
+    """Whether it was given at another size than this."""
 
 
 @dataclass(frozen=True)
@@ -501,7 +501,7 @@ def grey_levels(path: Path, pictures: np.ndarray) -> np.ndarray:
 def _fit_edit(path: Path, image: np.ndarray, fitted: Fit) -> np.ndarray:
     """An edited picture at the working size; image models give it back at a size of their own."""
     size = (image.shape[1], image.shape[0])
-    if size == fitted.size:
+    if fitted.is_worked_on(size):
         return image
     if alike(size, fitted.source):
         return fitted.image(scaled(image, fitted.source))

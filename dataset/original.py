@@ -12,6 +12,7 @@ import numpy as np
 from common.errors import UserError
 from dataset import images
 from dataset.job import EditedFrame, EditJob, grey_levels, read_masks
+from dataset.resize import scaled
 from dataset.video import hash_media, read_media
 
 
@@ -19,7 +20,7 @@ def at_source_size(job: EditJob) -> EditJob:
     """The same job with frames, mask and edited frame 0 as the source has them; other edited frames are left out.
 
     The frames, uint8 (F, H, W, 3), are the caller's own to write into. The mask, uint8 (F, H, W), is black outside the part
-    of the picture that is used. An edited frame that was given at the working size is scaled up over the source's frame.
+    of the picture that is used. An edited frame that was given at another size is scaled to the source's, over its frame.
 
     Raises:
         UserError: a file has changed since the job was read.
@@ -40,9 +41,9 @@ def at_source_size(job: EditJob) -> EditJob:
 
 def _first_edit(job: EditJob, source: np.ndarray) -> EditedFrame:
     picture = images.read_image(job.first_edit.path)
-    enlarged = picture.shape != source.shape
-    part = picture if enlarged else job.fit.cut(picture)
-    return replace(job.first_edit, image=job.fit.laid_over(source, part), enlarged=enlarged)
+    size = (picture.shape[1], picture.shape[0])
+    part = picture if job.fit.is_worked_on(size) else job.fit.cut(scaled(picture, job.fit.source))
+    return replace(job.first_edit, image=job.fit.laid_over(source, part), rescaled=size != job.fit.source)
 
 
 def _mask(job: EditJob) -> np.ndarray:

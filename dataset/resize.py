@@ -128,6 +128,10 @@ class Fit:
         """Scale along width and height."""
         return self.size[0] / self.crop[0], self.size[1] / self.crop[1]
 
+    def is_worked_on(self, size: Size) -> bool:
+        """Whether a picture of that size is one of the crop at the working size; others show all of the source."""
+        return size == self.size != self.source
+
     def image(self, image: np.ndarray) -> np.ndarray:
         """uint8 (H, W, 3) at source size -> working size: area average down, cubic up."""
         return np.ascontiguousarray(scaled(self.cut(image), self.size))

@@ -21,7 +21,7 @@ class EditedFrameSettings(Settings):
     """One edited picture and the moment of the clip that it replaces."""
 
     image: Path
-    """The edited picture, of the source's size or of the job's `size`."""
+    """The edited picture, of the source's size or the job's `size`; another one of about the source's aspect is scaled."""
     frame: Index | None = None
     """Its index in the used clip: 0 is the first used frame, 1 the second, `every` frames later in the source."""
     time: Seconds | None = None

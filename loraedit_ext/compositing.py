@@ -56,7 +56,7 @@ def finished_at_source_size(job: EditJob, generated: np.ndarray, settings: EditS
     """
     whole = at_source_size(job)
     preserve = regimes.preserve_mask(whole).numpy()
-    preserve[0] &= whole.first_edit.enlarged  # a picture of this size is taken as it was given
+    preserve[0] &= whole.first_edit.rescaled  # a picture of this size is taken as it was given
     left, top, width, height = job.crop
     part = np.s_[top : top + height, left : left + width]  # beyond it nothing was made that the source could be compared with
     for index, frame in enumerate(stepping(whole.frames, "compositing")):

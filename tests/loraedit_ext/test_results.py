@@ -165,6 +165,18 @@ def test_an_edited_frame_of_the_working_size_gives_its_region_alone(folder):
     assert (out[0, mask > 0] == 7).all()
 
 
+@pytest.mark.parametrize("crop", [None, [32, 16, 64, 48]])
+def test_an_edited_frame_of_the_sources_aspect_is_laid_over_all_of_it(folder, crop):
+    """Not over the crop, as one of the working size is."""
+    picture = source_of(folder)[0]
+    picture[BOX] = 7
+    write_png(folder / "first.png", cv2.resize(picture, (2 * WIDTH, 2 * HEIGHT), interpolation=cv2.INTER_CUBIC))
+    _, _, out = written(folder, *HARD, **({"crop": crop} if crop else {}))
+    mask = read_image(folder / "mask.png")[..., 0]
+    assert (out[0, mask == 0] == source_of(folder)[0, mask == 0]).all()
+    assert np.abs(out[0][mask > 0].astype(int) - picture[mask > 0]).mean() < 3
+
+
 def test_the_feather_is_measured_in_the_results_pixels(folder):
     write_images(folder / "source", np.zeros((FRAMES, HEIGHT, WIDTH, 3), np.uint8))
     job = load_job(folder / "job.toml", Grid())
