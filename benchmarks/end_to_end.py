@@ -28,7 +28,7 @@ from common.files import write_json_atomic, write_text_atomic
 from loraedit_ext.evaluation import metrics
 from loraedit_ext.evaluation.subject import Files, from_files
 from loraedit_ext.metrics import history
-from loraedit_ext.results import EDITED_FRAMES
+from loraedit_ext.results import EDITED
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "examples" / "demo"
@@ -97,7 +97,7 @@ def measure(row: Row, steps: int, out: Path) -> Measured:
         trained - started, time.perf_counter() - trained,
         statistics.median(each["train/step_seconds"] for each in told if "train/step_seconds" in each),
         max(each["train/memory_gb"] for each in told if "train/memory_gb" in each),
-        [each["motion/loss"] for each in told if "motion/loss" in each][-1], region_psnr(result / EDITED_FRAMES),
+        [each["motion/loss"] for each in told if "motion/loss" in each][-1], region_psnr(result / EDITED["png"]),
     )
 
 

@@ -1,4 +1,5 @@
-"""Videos out: H.264 for people (with the source's audio), ffv1 or PNG without loss; all atomic.
+"""Videos out: H.264 for people, ProRes for their editing programs (both with the source's audio), ffv1 or PNG without loss; all
+atomic.
 
 Axes: F frames, H W pixels, 3 = RGB.
 """
@@ -10,6 +11,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -27,10 +29,33 @@ from dataset.images import write_png
 from dataset.video import nice_rate
 
 _TICKS = Fraction(1, 90_000)  # clock of a variable-rate result
-_MP4_AUDIO = frozenset({"aac", "mp3", "opus", "flac", "ac3", "eac3", "alac"})
 
 
-def write_mp4(
+@dataclass(frozen=True)
+class _Kind:
+    """What the end of a file's name stands for."""
+
+    container: str
+    codec: str
+    pixels: str
+    options: dict[str, str]
+    audio: frozenset[str]
+    """Codecs whose packets may go into it as they are."""
+    even: bool = False
+    """Whether its sides must be."""
+
+
+_COMPRESSED = {"aac", "mp3", "ac3", "eac3", "alac"}
+_PCM = {f"pcm_{kind}" for kind in ("s16le", "s16be", "s24le", "s24be", "s32le", "s32be", "f32le", "f32be")}
+_KINDS = {
+    ".mp4": _Kind("mp4", "libx264", "yuv420p", {"preset": "medium"}, frozenset(_COMPRESSED | {"opus", "flac"}), even=True),
+    # "apl0" is what Apple's own encoder signs with: some programs take no other.
+    ".mov": _Kind("mov", "prores_ks", "yuv444p10le", {"profile": "4444", "vendor": "apl0", "bits_per_mb": "8000"},
+                  frozenset(_COMPRESSED | _PCM)),
+}  # fmt: skip
+
+
+def write_video(
     path: Path,
     frames: np.ndarray,
     fps: Fraction | float,
@@ -41,16 +66,19 @@ def write_mp4(
     audio_seconds: float | None = None,
     crf: int = 16,
 ) -> list[str]:
-    """Write H.264 yuv420p, converted to and tagged as BT.709, that every player and browser shows.
+    """Write a video for people, converted to and tagged as BT.709; the end of the path's name says which.
+
+    `.mp4` is H.264 yuv420p, which every player and browser shows; `.mov` ProRes 4444, which editing programs take and whose
+    pixels hardly differ from those given.
 
     Args:
-        frames: uint8 (F, H, W, 3). Odd sizes are padded by one repeated row or column.
+        frames: uint8 (F, H, W, 3). Odd sizes of an mp4 are padded by one repeated row or column.
         fps: frames per second; a decimal like 29.97 is taken as the fraction it stands for.
         times: seconds of each frame, for a variable rate; the first frame is shown at 0 all the same.
         audio_from: file whose first audio stream is copied, packet by packet, without encoding it again.
         audio_start: seconds in that file (as a player counts) that belong to the first frame.
         audio_seconds: length of the audio to copy; default: as long as the frames last.
-        crf: x264's quality, lower is better.
+        crf: x264's quality, lower is better; of an mp4.
 
     Returns:
         One sentence for each thing that a person should know: padding, audio copied or left out.
@@ -58,19 +86,23 @@ def write_mp4(
     Raises:
         UserError: the disk is full, the folder cannot be written, or the audio file cannot be read.
     """
+    kind = _KINDS[path.suffix]
     rate = nice_rate(float(fps)) if isinstance(fps, float) else Fraction(fps)
     height, width = frames.shape[1:3]
+    size = (even_size(width), even_size(height)) if kind.even else (width, height)
     notes = []
-    if height % 2 or width % 2:
-        notes.append(f"{path.name}: padded from {width}x{height} to even {even_size(width)}x{even_size(height)}.")
+    if size != (width, height):
+        notes.append(f"{path.name}: padded from {width}x{height} to even {size[0]}x{size[1]}.")
     seconds = audio_seconds if audio_seconds is not None else _duration(len(frames), rate, times)
     with ExitStack() as stack:
-        audio = _open_audio(stack, audio_from, notes) if audio_from else None
+        audio = _open_audio(stack, audio_from, kind, notes) if audio_from else None
         partial = stack.enter_context(atomic_path(path))
         output = stack.enter_context(
-            av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"})
+            av.open(str(partial), "w", format=kind.container, options={"movflags": "faststart"})
         )
-        video = _add_h264(output, even_size(width), even_size(height), rate, times, crf)
+        video = _add_video(output, kind, size, rate, times)
+        if kind.codec == "libx264":
+            video.options = {**video.options, "crf": str(crf)}
         sound = output.add_stream_from_template(audio) if audio else None
         _encode(output, video, frames, _ticks(len(frames), rate, times), path.name)
         if audio and sound:
@@ -140,13 +172,11 @@ def _ticks(count: int, rate: Fraction, times: Sequence[float] | np.ndarray | Non
     return [round((float(time) - float(times[0])) / _TICKS) for time in times]
 
 
-def _add_h264(
-    output: OutputContainer, width: int, height: int, rate: Fraction,
-    times: Sequence[float] | np.ndarray | None, crf: int,
+def _add_video(
+    output: OutputContainer, kind: _Kind, size: tuple[int, int], rate: Fraction, times: Sequence[float] | np.ndarray | None
 ) -> VideoStream:
-    stream = output.add_stream("libx264", rate=rate)
-    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-    stream.options = {"crf": str(crf), "preset": "medium"}
+    stream = output.add_stream(kind.codec, rate=rate)
+    (stream.width, stream.height), stream.pix_fmt, stream.options = size, kind.pixels, kind.options
     codec = stream.codec_context
     codec.time_base = 1 / rate if times is None else _TICKS
     codec.colorspace, codec.color_primaries, codec.color_trc = 1, ColorPrimaries.BT709, ColorTrc.BT709
@@ -161,14 +191,14 @@ def _encode(output: OutputContainer, stream: VideoStream, frames: np.ndarray, ti
         picture = av.VideoFrame.from_ndarray(
             np.ascontiguousarray(np.pad(frame, missing, mode="edge")), format="rgb24",
         ).reformat(
-            format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG,
+            format=stream.pix_fmt, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG,
         )
         picture.pts, picture.time_base = tick, stream.codec_context.time_base
         output.mux(stream.encode(picture))
     output.mux(stream.encode())
 
 
-def _open_audio(stack: ExitStack, path: Path, notes: list[str]) -> AudioStream | None:
+def _open_audio(stack: ExitStack, path: Path, kind: _Kind, notes: list[str]) -> AudioStream | None:
     """The first audio stream of a file, or None with a note that says why."""
     try:
         container = stack.enter_context(av.open(str(path)))
@@ -177,8 +207,8 @@ def _open_audio(stack: ExitStack, path: Path, notes: list[str]) -> AudioStream |
     stream = container.streams.best("audio")
     if stream is None:
         return None
-    if stream.codec_context.name not in _MP4_AUDIO:
-        notes.append(f"{path}: audio left out: {stream.codec_context.name} does not go into mp4 as it is.")
+    if stream.codec_context.name not in kind.audio:
+        notes.append(f"{path}: audio left out: {stream.codec_context.name} does not go into {kind.container} as it is.")
         return None
     return stream
 

@@ -260,7 +260,9 @@ class EditSettings(Settings):
     all. See docs/masks.md."""
     grain: float = Field(0.0, ge=0, le=2)
     """Film grain on the generated region: 1 gives it as much as the preserved pixels around it have. Off by default."""
-    output: Literal["mp4", "png"] = "mp4"
+    output: Literal["mp4", "prores", "png"] = "mp4"
+    """`mp4` for players and browsers, `prores` (4444, within two grey levels of the pixels) for editing programs, `png` frames
+    to the bit. The first two keep the source's audio."""
     size: Literal["source", "model"] = "source"
     """Of the result: the `source`'s own, with the region scaled up to it, or the one that the `model` works at. Without
     `composite` it is always the model's."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from dataset.job import EditedFrame, EditJob
 from dataset.resize import Fit, Grid, fit
 from dataset.triple import EncodedTriple, Triple
-from dataset.video_writer import write_mp4
+from dataset.video_writer import write_video
 from loraedit_ext import forecast, regimes
 from loraedit_ext.compositing import finished
 from loraedit_ext.config import EditSettings, PreviewSettings, RunConfig
@@ -126,5 +126,5 @@ class Previewer:
         finally:
             self.model.free_encoders()
         frames = finished(job, frames, settings)
-        write_mp4(path, frames, job.fps)
+        write_video(path, frames, job.fps)
         return Clip(path, np.ascontiguousarray(frames))

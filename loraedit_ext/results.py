@@ -1,4 +1,4 @@
-"""What an edit leaves behind: edited.mp4 or PNG frames, comparison.mp4, contact_sheet.png, generated.mkv, and edited.json.
+"""What an edit leaves behind: the edited video, comparison.mp4, contact_sheet.png, generated.mkv, and edited.json.
 
 generated.mkv holds what the model made, before compositing and without loss; edited.json all that is needed to make it
 again. The edited video has the size that [edit] asks for, the other pictures the one that the model works at. Results of
@@ -21,7 +21,7 @@ from common.files import hash_file, write_json_atomic
 from common.settings import chosen
 from dataset.images import write_png
 from dataset.job import EditJob
-from dataset.video_writer import write_images, write_lossless, write_mp4
+from dataset.video_writer import write_images, write_lossless, write_video
 from loraedit_ext.compositing import finished_at_source_size, is_laid_back, result_size
 from loraedit_ext.config import RunConfig
 from loraedit_ext.editor import Edit
@@ -29,7 +29,9 @@ from loraedit_ext.lora import LoraFile
 from loraedit_ext.pictures import contact_sheet, overlaid, side_by_side
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "deepspeed")
-EDITED_VIDEO, EDITED_FRAMES, GENERATED, RECORD = "edited.mp4", "edited", "generated.mkv", "edited.json"
+EDITED = {"mp4": "edited.mp4", "prores": "edited.mov", "png": "edited"}
+"""The edited video, by `edit.output`; a folder of frames in the last case."""
+GENERATED, RECORD = "generated.mkv", "edited.json"
 COMPARISON, SHEET = "comparison.mp4", "contact_sheet.png"
 FOLDER = "edit"
 
@@ -82,17 +84,18 @@ def write(folder: Path, edit: Edit, job: EditJob, config: RunConfig, adapter: Lo
     frames = edit.frames
     if is_laid_back(job, config.edit):
         frames = finished_at_source_size(job, edit.generated, config.edit)
+    edited = folder / EDITED[config.edit.output]
     if config.edit.output == "png":
-        write_images(folder / EDITED_FRAMES, frames)
-        lines.append(str(folder / EDITED_FRAMES))
+        write_images(edited, frames)
+        lines.append(str(edited))
     else:
         audio = {} if job.audio is None else {
             "audio_from": job.audio.path, "audio_start": job.audio.start, "audio_seconds": job.audio.seconds
         }  # fmt: skip
-        notes = write_mp4(folder / EDITED_VIDEO, frames, job.fps, times=times, **audio)
-        lines += [str(folder / EDITED_VIDEO), *notes]
+        notes = write_video(edited, frames, job.fps, times=times, **audio)
+        lines += [str(edited), *notes]
     shown = panels(job, edit)
-    write_mp4(folder / COMPARISON, side_by_side(shown), job.fps, times=times)
+    write_video(folder / COMPARISON, side_by_side(shown), job.fps, times=times)
     write_png(folder / SHEET, contact_sheet(shown))
     write_json_atomic(folder / RECORD, record(edit, job, config, adapter))
     return [*lines, *(str(folder / name) for name in (COMPARISON, SHEET, GENERATED, RECORD))]

@@ -12,7 +12,7 @@ import pytest
 import inference
 import train
 from dataset.images import write_png
-from dataset.video_writer import write_mp4
+from dataset.video_writer import write_video
 from models.wan.checkpoint import WanCheckpoint
 from tests.conftest import square_clip
 
@@ -30,7 +30,7 @@ def masks(folder, value):
 
 def truncated_video(folder):
     video, _ = square_clip()
-    write_mp4(folder.path / "cut.mp4", video, 8)
+    write_video(folder.path / "cut.mp4", video, 8)
     data = (folder.path / "cut.mp4").read_bytes()
     (folder.path / "cut.mp4").write_bytes(data[: len(data) * 2 // 3])
     rewrite(folder.job, 'source = "source"', 'source = "cut.mp4"')
@@ -46,8 +46,8 @@ def smaller_masks(folder):
         write_png(path, np.zeros((32, 32), np.uint8))
 
 
-def smaller_edit(folder):
-    write_png(folder.path / "edited_6.png", np.zeros((40, 40, 3), np.uint8))
+def narrower_edit(folder):
+    write_png(folder.path / "edited_6.png", np.zeros((40, 50, 3), np.uint8))
 
 
 CASES = {
@@ -63,7 +63,7 @@ CASES = {
     "too few masks": (lambda f: (f.path / "mask" / "008.png").unlink(), ["mask", "8", "9"]),
     "all-black mask": (lambda f: masks(f, 0), ["mask", "all black", "white"]),
     "all-white mask": (lambda f: masks(f, 255), ["mask", "all white"]),
-    "edited frame of another size": (smaller_edit, ["edited_6.png", "40x40", "64x64"]),
+    "edited frame of another aspect": (narrower_edit, ["edited_6.png", "50x40", "64x64"]),
     "frame index outside the clip": (lambda f: rewrite(f.job, "frame = 6", "frame = 9"), ["edited_6.png", "9"]),
     "missing edited frame": (lambda f: (f.path / "edited_0.png").unlink(), ["edited_0.png"]),
     "missing checkpoint": (lambda f: rewrite(f.config, "/checkpoint", "/nowhere"), ["nowhere", "no such folder"]),
@@ -163,7 +163,7 @@ def test_errors_of_configuration_come_together(edit_folder, capsys):
 
 def test_errors_of_media_come_together(edit_folder, capsys):
     smaller_masks(edit_folder)
-    smaller_edit(edit_folder)
+    narrower_edit(edit_folder)
     (edit_folder.path / "edited_0.png").unlink()
     assert train.main(["--config", str(edit_folder.config)]) == 2
     error = capsys.readouterr().err

@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from common.files import write_text_atomic
 from common.progress import progress
-from dataset.video_writer import write_mp4
+from dataset.video_writer import write_video
 from loraedit_ext.evaluation.catalogue import BY_KEY
 from loraedit_ext.evaluation.charts import Series, line_chart
 from loraedit_ext.evaluation.judge import Evaluation
@@ -109,7 +109,7 @@ def write_report(
         files = [Path(partial) / f"{panel.slug}.mp4" for panel in shown]
         with progress(len(shown), "videos of the report", unit="video") as bar:
             for panel, file in zip(shown, files, strict=True):
-                write_mp4(file, panel.frames, subject.fps, crf=CRF)
+                write_video(file, panel.frames, subject.fps, crf=CRF)
                 bar.update()
         embedded = sum(file.stat().st_size for file in files) <= EMBED_BYTES
         sources = [data_uri(file) if embedded else f"{VIDEOS}/{file.name}" for file in files]

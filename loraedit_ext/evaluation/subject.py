@@ -106,8 +106,7 @@ def from_edit(config: RunConfig, folder: Path) -> Subject:
     _check_unchanged(job, made["hashes"], folder)
     if job.first_edit is None:
         raise UserError(f"{config.dataset}: has no edited frame 0, which this edit was made from. Put it back.")
-    as_images = record["config"]["edit"]["output"] == "png"
-    edited = folder / (results.EDITED_FRAMES if as_images else results.EDITED_VIDEO)
+    edited = folder / results.EDITED[record["config"]["edit"]["output"]]
     generated = folder / results.GENERATED
     files = {"source": job.source, "edited": edited, "mask": job.mask, "reference": job.first_edit.path}
     hashes = {role: job.hashes[key] for role, key in

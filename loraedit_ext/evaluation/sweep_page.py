@@ -15,10 +15,10 @@ import numpy as np
 from common.files import write_text_atomic
 from dataset.resize import Grid, fit
 from dataset.video import read_media
-from dataset.video_writer import write_mp4
+from dataset.video_writer import write_video
 from loraedit_ext.evaluation.catalogue import BY_KEY
 from loraedit_ext.evaluation.report import EMBED_BYTES, data_uri, environment
-from loraedit_ext.results import EDITED_FRAMES, EDITED_VIDEO
+from loraedit_ext.results import EDITED
 from loraedit_ext.sweep_results import columns, text
 
 PAGE, TEMPLATE, VIDEOS = "results.html", "sweep.html.j2", "results_videos"
@@ -69,7 +69,7 @@ def place_films(folder: Path, beside: str, films: Iterable[tuple[str, Film]]) ->
         files = {}
         for name, film in films:
             files[name] = Path(partial) / f"{name}.mp4"
-            write_mp4(files[name], film.frames, film.fps, crf=film.crf)
+            write_video(files[name], film.frames, film.fps, crf=film.crf)
         embedded = sum(file.stat().st_size for file in files.values()) <= EMBED_BYTES
         if not embedded:
             shutil.copytree(partial, folder / beside)
@@ -79,7 +79,7 @@ def place_films(folder: Path, beside: str, films: Iterable[tuple[str, Film]]) ->
 def small_video(entry: dict[str, Any]) -> Film | None:
     """The trial's edit, scaled down, or None where it has none."""
     edit = Path(entry["edit"] or "")
-    found = next((edit / name for name in (EDITED_VIDEO, EDITED_FRAMES) if (edit / name).exists()), None)
+    found = next((edit / name for name in EDITED.values() if (edit / name).exists()), None)
     if not entry["edit"] or found is None:
         return None
     video = read_media(found)

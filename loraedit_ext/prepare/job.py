@@ -21,7 +21,7 @@ from dataset import footage
 from dataset.images import SUFFIXES, write_png
 from dataset.resize import box_around
 from dataset.video import Video
-from dataset.video_writer import write_mp4
+from dataset.video_writer import write_video
 from loraedit_ext import difference, masks
 from loraedit_ext.pictures import contact_sheet, overlaid
 from loraedit_ext.prepare.folder import JobFolder
@@ -233,7 +233,7 @@ def _write_previews(folder: JobFolder, clip: Video, edited: Mapping[int, np.ndar
     for frame, picture in edited.items():
         shown[frame] = picture
     shown = overlaid(shown, grey)
-    write_mp4(folder.path / PREVIEW, shown, clip.fps)
+    write_video(folder.path / PREVIEW, shown, clip.fps)
     write_png(folder.path / SHEET, contact_sheet([shown]))
     return [f"wrote     {folder.path / name}" for name in (PREVIEW, SHEET)]
 

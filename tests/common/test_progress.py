@@ -16,7 +16,7 @@ from torch import nn
 import train
 from common import progress
 from dataset.video import read_images, read_video
-from dataset.video_writer import write_images, write_lossless, write_mp4
+from dataset.video_writer import write_images, write_lossless, write_video
 from loraedit_ext.compositing import composite
 from loraedit_ext.config import EditSettings
 from models.hunyuan.checkpoint import HunyuanCheckpoint
@@ -93,7 +93,7 @@ def test_quick_work_shows_no_brief_bar_and_slow_work_does(monkeypatch: pytest.Mo
 
 def test_media_are_read_written_and_composited_behind_bars(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     terminal = open_terminal(monkeypatch)
-    write_mp4(tmp_path / "a.mp4", FRAMES, 8)
+    write_video(tmp_path / "a.mp4", FRAMES, 8)
     write_lossless(tmp_path / "b.mkv", FRAMES, 8)
     write_images(tmp_path / "c", FRAMES)
     read_video(tmp_path / "a.mp4")

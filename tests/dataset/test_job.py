@@ -19,7 +19,7 @@ from dataset.job import EditJob, load_job, split_clips
 from dataset.resize import Grid
 from dataset.schema import EditedFrameSettings, JobSettings
 from dataset.video import read_video
-from dataset.video_writer import write_lossless, write_mp4
+from dataset.video_writer import write_lossless, write_video
 
 GRID = Grid()
 FRAMES = picture_frames(17)
@@ -258,7 +258,7 @@ def test_every_nth_frame_with_its_mask_rate_and_audio(long):
     told = "\n".join(job.choices)
     assert "60 fps, audio; `every` = 4 makes it 15 fps" in told
     assert "uses 9 frames (2 to 34 in steps of `every` = 4), the most of the form 4n+1 there are; 41 of 50 unused" in told
-    write_mp4(long / "result.mp4", job.frames, job.fps, audio_from=job.audio.path, audio_start=job.audio.start,
+    write_video(long / "result.mp4", job.frames, job.fps, audio_from=job.audio.path, audio_start=job.audio.start,
               audio_seconds=job.audio.seconds)
     result = read_video(long / "result.mp4")
     assert (result.fps, result.total, result.has_audio) == (15, 9, True)

@@ -13,13 +13,13 @@ from media_makers import encode, picture_frames
 
 from common.errors import UserError
 from dataset.video import read_images, read_video
-from dataset.video_writer import write_images, write_lossless, write_mp4
+from dataset.video_writer import write_images, write_lossless, write_video
 
 
 @pytest.mark.parametrize("rate", [8, 29.97, Fraction(24000, 1001), 12.5])
 def test_mp4_keeps_colours_rate_and_count(tmp_path, rate):
     frames = picture_frames(13)
-    assert write_mp4(tmp_path / "o.mp4", frames, rate) == []
+    assert write_video(tmp_path / "o.mp4", frames, rate) == []
     video = read_video(tmp_path / "o.mp4")
     assert (video.total, video.variable_rate) == (13, False)
     assert float(video.fps) == pytest.approx(float(rate), rel=1e-5)
@@ -28,7 +28,7 @@ def test_mp4_keeps_colours_rate_and_count(tmp_path, rate):
 
 
 def test_mp4_is_what_browsers_play(tmp_path):
-    write_mp4(tmp_path / "o.mp4", picture_frames(5), 8)
+    write_video(tmp_path / "o.mp4", picture_frames(5), 8)
     with av.open(str(tmp_path / "o.mp4")) as container:
         codec = container.streams.video[0].codec_context
         assert (codec.name, codec.pix_fmt) == ("h264", "yuv420p")
@@ -37,17 +37,34 @@ def test_mp4_is_what_browsers_play(tmp_path):
     assert data.index(b"moov") < data.index(b"mdat")
 
 
+@pytest.mark.parametrize(("width", "height"), [(64, 48), (33, 47)])
+def test_prores_is_what_editing_programs_take(tmp_path, width, height):
+    """Also of noise, which is hard to code: an mp4 of it is off by dozens of levels."""
+    frames = picture_frames(5, width, height)
+    frames[2:] = np.random.default_rng(0).integers(0, 256, frames[2:].shape, dtype=np.uint8)
+    assert write_video(tmp_path / "o.mov", frames, 29.97) == []
+    video = read_video(tmp_path / "o.mov")
+    error = np.abs(video.frames.astype(int) - frames)
+    assert error[:2].max() <= 2
+    assert error[2:].mean() < 1
+    assert (video.total, video.fps, video.notes) == (5, Fraction(30000, 1001), ())
+    with av.open(str(tmp_path / "o.mov")) as container:
+        codec = container.streams.video[0].codec_context
+        assert (codec.name, codec.codec_tag) == ("prores", "ap4h")
+        assert (codec.colorspace, codec.color_primaries, codec.color_trc) == (1, 1, 1)
+
+
 def test_flat_colours_are_converted_by_the_matrix_that_the_tag_names(tmp_path):
     """BT.601 numbers under a BT.709 tag would shift pure green by about 30 levels."""
     green = np.zeros((5, 32, 32, 3), np.uint8)
     green[..., 1] = 200
-    write_mp4(tmp_path / "o.mp4", green, 8)
+    write_video(tmp_path / "o.mp4", green, 8)
     assert np.abs(read_video(tmp_path / "o.mp4").frames.astype(int) - green).max() <= 3
 
 
 def test_odd_sizes_are_padded_and_told(tmp_path):
     frames = picture_frames(3, width=33, height=47)
-    notes = write_mp4(tmp_path / "o.mp4", frames, 8)
+    notes = write_video(tmp_path / "o.mp4", frames, 8)
     assert "padded from 33x47 to even 34x48" in notes[0]
     video = read_video(tmp_path / "o.mp4")
     assert video.size == (34, 48)
@@ -56,25 +73,25 @@ def test_odd_sizes_are_padded_and_told(tmp_path):
 
 def test_variable_times_are_kept(tmp_path):
     times = np.array([5.0, 5.1, 5.2, 5.9, 6.6])
-    write_mp4(tmp_path / "o.mp4", picture_frames(5), 4, times=times)
+    write_video(tmp_path / "o.mp4", picture_frames(5), 4, times=times)
     np.testing.assert_allclose(read_video(tmp_path / "o.mp4").times, times - 5, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["source.mp4", "source.mkv"])
-def test_audio_packets_of_the_span_pass_through(tmp_path, name):
+@pytest.mark.parametrize(("name", "out"), [("source.mp4", "o.mp4"), ("source.mkv", "o.mp4"), ("source.mp4", "o.mov")])
+def test_audio_packets_of_the_span_pass_through(tmp_path, name, out):
     source = encode(tmp_path / name, picture_frames(60), audio=True)
     video = read_video(source)
     assert video.has_audio
-    notes = write_mp4(
-        tmp_path / "o.mp4", video.frames[15:45], video.fps, audio_from=source, audio_start=video.times[15],
+    notes = write_video(
+        tmp_path / out, video.frames[15:45], video.fps, audio_from=source, audio_start=video.times[15],
     )
     assert "audio copied" in notes[0]
-    before, after = _audio(source), _audio(tmp_path / "o.mp4")
+    before, after = _audio(source), _audio(tmp_path / out)
     first = before.index(after[0])
     assert before[first : first + len(after)] == after
     assert first * 1024 / 48_000 == pytest.approx(0.5, abs=0.05)
     assert len(after) * 1024 / 48_000 == pytest.approx(1.0, abs=0.05)
-    with av.open(str(tmp_path / "o.mp4")) as container:
+    with av.open(str(tmp_path / out)) as container:
         assert container.duration / 1e6 == pytest.approx(1.0, abs=0.05)
 
 
@@ -85,13 +102,13 @@ def _audio(path) -> list[bytes]:
 
 def test_a_source_without_audio_leaves_a_silent_result(tmp_path):
     source = encode(tmp_path / "s.mp4", picture_frames(5))
-    write_mp4(tmp_path / "o.mp4", picture_frames(5), 8, audio_from=source)
+    write_video(tmp_path / "o.mp4", picture_frames(5), 8, audio_from=source)
     assert not read_video(tmp_path / "o.mp4").has_audio
 
 
 def test_audio_of_a_missing_file_is_a_user_error_and_writes_nothing(tmp_path):
     with pytest.raises(UserError, match=r"gone\.mp4"):
-        write_mp4(tmp_path / "o.mp4", picture_frames(5), 8, audio_from=tmp_path / "gone.mp4")
+        write_video(tmp_path / "o.mp4", picture_frames(5), 8, audio_from=tmp_path / "gone.mp4")
     assert not list(tmp_path.iterdir())
 
 
@@ -136,16 +153,16 @@ def test_a_folder_of_other_things_is_not_overwritten(tmp_path):
     assert (tmp_path / "png" / "thesis.txt").read_text() == "x"
 
 
-@pytest.mark.parametrize("write", [write_mp4, write_lossless])
-def test_a_failing_write_leaves_the_former_file(tmp_path, write):
-    path = tmp_path / "o.mkv"
+@pytest.mark.parametrize(("write", "name"), [(write_video, "o.mp4"), (write_video, "o.mov"), (write_lossless, "o.mkv")])
+def test_a_failing_write_leaves_the_former_file(tmp_path, write, name):
+    path = tmp_path / name
     path.write_bytes(b"former")
     frames = picture_frames(3)
     broken = np.concatenate([frames, frames])[..., :1]  # not RGB: the encoder refuses it
     with pytest.raises((ValueError, AssertionError)):
         write(path, broken, 8)
     assert path.read_bytes() == b"former"
-    assert os.listdir(tmp_path) == ["o.mkv"]
+    assert os.listdir(tmp_path) == [name]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
@@ -154,5 +171,5 @@ def test_disk_full_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getpid", lambda: 7)
     (tmp_path / ".o.mp4.7.partial").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"o\.mp4: could not be written \(No space left"):
-        write_mp4(tmp_path / "o.mp4", picture_frames(5), 8)
+        write_video(tmp_path / "o.mp4", picture_frames(5), 8)
     assert not (tmp_path / "o.mp4").exists()

@@ -57,8 +57,7 @@ def written(folder, *overrides, **job_changes):
     generated = np.random.default_rng(1).integers(0, 256, job.frames.shape, np.uint8)
     edit = Edit(compositing.finished(job, generated, config.edit), generated, {})
     results.write(folder / "edit", edit, job, config, LoraFile(folder / "adapter_model.safetensors", {}, {}))
-    name = "edited" if config.edit.output == "png" else "edited.mp4"
-    return job, generated, read_media(folder / "edit" / name).frames
+    return job, generated, read_media(folder / "edit" / results.EDITED[config.edit.output]).frames
 
 
 def test_a_record_never_tells_of_files_that_other_settings_made(folder, monkeypatch):
@@ -224,8 +223,8 @@ def test_the_plan_tells_the_results_size(folder):
         "result    101x67, as the source"
 
 
-@pytest.mark.parametrize("output", ["png", "mp4"])
-def test_a_result_of_the_sources_size_is_judged_at_it(folder, output):
+@pytest.mark.parametrize(("output", "least"), [("png", np.inf), ("prores", 50), ("mp4", 35)])
+def test_a_result_of_the_sources_size_is_judged_at_it(folder, output, least):
     """An mp4 is padded to even sides; what the model made is judged at the size that it was made at."""
     job, generated, _ = written(folder, f"edit.output={output}")
     subject = from_edit(load_config(folder / "edit.toml"), folder / "edit")
@@ -236,7 +235,7 @@ def test_a_result_of_the_sources_size_is_judged_at_it(folder, output):
     assert (subject.generated.video == generated).all()
     assert (subject.generated.source == job.frames).all()
     values = judge(subject, EvaluationSettings(), torch.device("cpu"))
-    assert values["preserved_psnr"].value >= (np.inf if output == "png" else 35)
+    assert values["preserved_psnr"].value >= least
     assert values["preserved_psnr_generated"].value < 12
 
 

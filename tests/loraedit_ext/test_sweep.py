@@ -18,7 +18,7 @@ import yaml
 
 from common.errors import UserError
 from dataset.video import read_media
-from dataset.video_writer import write_mp4
+from dataset.video_writer import write_video
 from loraedit_ext import sweep
 from loraedit_ext.config import load_config, parse_value
 from loraedit_ext.evaluation import sweep_page
@@ -166,7 +166,7 @@ def page_entries(folder: Path) -> list[dict]:
     """Two trials with an edit of 160x160, and one that failed."""
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
-        write_mp4(folder / name / "edited.mp4", rng.integers(0, 255, (5, 160, 160, 3), dtype=np.uint8), 8)
+        write_video(folder / name / "edited.mp4", rng.integers(0, 255, (5, 160, 160, 3), dtype=np.uint8), 8)
     entry = {"status": "done", "log": None, "config": "edit.toml", "overrides": []}
     return [
         entry | {"name": "a", "values": {"lr": 0.01}, "edit": str(folder / "a"), "metrics": {"preserved_psnr": 31.5}},
