@@ -41,7 +41,11 @@ def read_mask(path: Path) -> np.ndarray:
     Raises:
         UserError: as `read_image`; or what is not transparent has several colours.
     """
-    image = _read(path)
+    return shape_of(_read(path), path)
+
+
+def shape_of(image: np.ndarray, path: Path) -> np.ndarray:
+    """The same of pixels as OpenCV orders channels, uint8 (H, W), (H, W, 3) or (H, W, 4), out of a file."""
     if not _is_transparent(image):
         return _rgb(image)
     visible = image[image[..., 3] >= 128][:, :3]

@@ -468,9 +468,9 @@ def read_masks(path: Path, start: int, every: int, count: int) -> tuple[np.ndarr
     """
     if path.suffix.lower() in images.SUFFIXES:
         return images.read_mask(path)[None], None
-    video = read_media(path, start, count, every=every, read=images.read_mask)
+    video = read_media(path, start, count, every=every, masks=True)
     if every > 1 and video.total == count:
-        video = read_media(path, read=images.read_mask)
+        video = read_media(path, masks=True)
     return video.frames, video
 
 

@@ -6,7 +6,7 @@ Axes: F frames, H W pixels, 3 = RGB.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -26,7 +26,6 @@ from dataset.hdr import Transfer, to_standard
 FORMATS = "mp4, mov, webm, mkv or gif"
 FOLDER_FPS = Fraction(16)
 """Rate of a folder of images that nobody gave a rate."""
-ReadPicture = Callable[[Path], np.ndarray]
 _HDR: dict[int, Transfer] = {16: "PQ", 18: "HLG"}  # AVCOL_TRC values
 _WIDE = {9: "BT.2020", 11: "DCI-P3", 12: "Display P3"}  # AVCOL_PRI values
 _CURE = "Export or download it again, or re-encode it (ffmpeg -i IN OUT.mp4)."
@@ -59,13 +58,12 @@ class Video:
 
 
 def read_media(
-    path: Path, first: int = 0, count: int | None = None, fps: Fraction | None = None, every: int = 1,
-    read: ReadPicture = images.read_image,
+    path: Path, first: int = 0, count: int | None = None, fps: Fraction | None = None, every: int = 1, masks: bool = False
 ) -> Video:
     """Read a video file, or a folder of images at `fps`; see `read_video` and `read_images`."""
     if path.is_dir():
-        return read_images(path, first, count, fps, every, read)
-    return read_video(path, first, count, every)
+        return read_images(path, first, count, fps, every, masks)
+    return read_video(path, first, count, every, masks)
 
 
 def hash_media(path: Path) -> str:
@@ -76,20 +74,19 @@ def hash_media(path: Path) -> str:
 
 
 def read_images(
-    path: Path, first: int = 0, count: int | None = None, fps: Fraction | None = None, every: int = 1,
-    read: ReadPicture = images.read_image,
+    path: Path, first: int = 0, count: int | None = None, fps: Fraction | None = None, every: int = 1, masks: bool = False
 ) -> Video:
     """Read the pictures of a folder in natural order as a video; those that are kept must have one size.
 
     Which are kept is as with `read_video`.
 
     Args:
-        read: `images.read_image`, or `images.read_mask` where they are masks.
+        masks: whether they are masks, whose shape may be in their alpha channel (`images.read_mask`).
 
     Raises:
         UserError: no pictures, one that cannot be read, or pictures of different sizes.
     """
-    files = images.image_files(path)
+    files, read = images.image_files(path), images.read_mask if masks else images.read_image
     frames: list[np.ndarray] = []
     shape: tuple[int, ...] | None = None
     for index, file in enumerate(stepping(files, f"reading {path.name}")):
@@ -114,13 +111,16 @@ def read_images(
     return Video(path, _stack(frames, shape), times, first, len(files), rate, False, False, notes)
 
 
-def read_video(path: Path, first: int = 0, count: int | None = None, every: int = 1) -> Video:
+def read_video(path: Path, first: int = 0, count: int | None = None, every: int = 1, masks: bool = False) -> Video:
     """Decode the whole file and keep `count` frames (default: all) from index `first` in steps of `every`.
 
     Frame counts and rates come from decoding, never from the header; rotation is applied. Colours
     follow FFmpeg's rule (BT.601 if untagged), so frames equal those that FFmpeg and (but mirrored ones) OpenCV extract; HDR
     is brought into the standard range (`hdr`).
     Fewer frames are kept where the file ends earlier; `total` tells.
+
+    Args:
+        masks: whether its frames are masks, whose shape may be in their alpha channel (`images.read_mask`).
 
     Raises:
         UserError: missing, empty, no video of a known format, truncated, or damaged.
@@ -132,7 +132,7 @@ def read_video(path: Path, first: int = 0, count: int | None = None, every: int 
             stream = container.streams.best("video")
             if stream is None:
                 raise UserError(f"{path}: has no video in it, expected {FORMATS}. {_CURE}")
-            return _decode(path, container, stream, first, count, every)
+            return _decode(path, container, stream, first, count, every, masks)
     except av.FFmpegError as error:
         raise UserError(
             f"{path}: unreadable, truncated or damaged ({error.strerror}), expected {FORMATS}. {_CURE}"
@@ -172,7 +172,7 @@ class _Tally:
 
 
 def _decode(
-    path: Path, container: InputContainer, stream: VideoStream, first: int, count: int | None, every: int
+    path: Path, container: InputContainer, stream: VideoStream, first: int, count: int | None, every: int, masks: bool
 ) -> Video:
     frames: list[np.ndarray] = []
     times: list[float] = []
@@ -184,7 +184,7 @@ def _decode(
     for index, frame in enumerate(stepping(decoded, f"reading {path.name}", total=stream.frames or None)):
         wanted = _wanted(index, first, count, every)
         if shape is None or wanted:
-            image = _upright_rgb(frame, notes)
+            image = _upright_rgb(frame, notes, path if masks else None)
             shape = shape or image.shape
             if image.shape != shape:
                 raise UserError(
@@ -254,8 +254,8 @@ def _check_complete(path: Path, stream: VideoStream, times: list[float], tally: 
         raise UserError(f"{path}: damaged: ends at {tally.end:.3f} s, expected {declared:.3f} s. {_CURE}")
 
 
-def _upright_rgb(frame: av.VideoFrame, notes: dict[str, None]) -> np.ndarray:
-    """uint8 (H, W, 3), turned as the file's display matrix says."""
+def _upright_rgb(frame: av.VideoFrame, notes: dict[str, None], masks: Path | None) -> np.ndarray:
+    """uint8 (H, W, 3), turned as the file's display matrix says; `masks` is the file's path if it holds such."""
     if frame.rotation:
         notes[f"turned upright by {frame.rotation % 360} degrees, as the file says"] = None
     if frame.colorspace == 2 and "yuv" in frame.format.name:
@@ -264,18 +264,20 @@ def _upright_rgb(frame: av.VideoFrame, notes: dict[str, None]) -> np.ndarray:
         notes["interlaced: what moves shows combs, unless you make it progressive (ffmpeg -i IN -vf bwdif OUT.mp4)"] = None
     if frame.color_primaries in _WIDE and frame.color_trc not in _HDR:
         notes[f"colours of {_WIDE[frame.color_primaries]} taken for BT.709's: looks a little pale"] = None
-    alpha = any(component.is_alpha for component in frame.format.components)
-    if alpha and frame.to_ndarray(format="rgba")[..., 3].min() < 255:
-        notes["has transparent pixels: the colours under them are used"] = None
-    picture = _picture(frame, notes)
+    picture = _picture(frame, notes, masks)
     if _is_mirrored(frame):
         notes["mirrored, as the file says"] = None
         picture = picture[::-1]  # what is left is a rotation: it is measured by the picture's horizontal edge
     return np.ascontiguousarray(np.rot90(picture, frame.rotation // 90))
 
 
-def _picture(frame: av.VideoFrame, notes: dict[str, None]) -> np.ndarray:
-    """uint8 (H, W, 3) of the standard range, as it is stored."""
+def _picture(frame: av.VideoFrame, notes: dict[str, None], masks: Path | None) -> np.ndarray:
+    """uint8 (H, W, 3) of the standard range, or of a mask's shape, as it is stored."""
+    if any(component.is_alpha for component in frame.format.components):
+        if masks:
+            return images.shape_of(frame.to_ndarray(format="bgra"), masks)
+        if frame.to_ndarray(format="rgba")[..., 3].min() < 255:
+            notes["has transparent pixels: the colours under them are used"] = None
     transfer = _HDR.get(frame.color_trc)
     if transfer is None:
         return frame.to_ndarray(format="rgb24")

@@ -192,11 +192,11 @@ def from_files(files: Files) -> Subject:
     notes = []
     for role, path in files.named().items():
         with errors.catch():
-            read = images.read_mask if role == "mask" else images.read_image
             if path.suffix.lower() in images.SUFFIXES:
+                read = images.read_mask if role == "mask" else images.read_image
                 videos[role] = read(_existing(path))[None]
                 continue
-            video = read_media(path, read=read)
+            video = read_media(path, masks=role == "mask")
             videos[role] = video.frames
             rates |= {} if path.is_dir() else {role: video.fps}  # a folder has no rate of its own
             notes += [f"{role}: {note}." for note in video.notes]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import cv2
@@ -141,6 +142,36 @@ def test_interlaced_frames_are_told(tmp_path, codec, suffix):
     woven = encode(tmp_path / f"woven.{suffix}", picture_frames(), codec, stream_options={"flags": "+ildct+ilme"})
     assert not [note for note in read_video(plain).notes if "interlaced" in note]
     assert [note for note in read_video(woven).notes if "bwdif" in note]
+
+
+def cut_out(path: Path, colours: np.ndarray) -> Path:
+    """A box of some colours on a transparent ground, as effects programs export it: ProRes 4444 with alpha."""
+    pictures = np.zeros((5, 48, 64, 4), np.uint8)
+    pictures[:, 10:30, 20:50, :3] = colours
+    pictures[:, 10:30, 20:50, 3] = 255
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("prores_ks", rate=Fraction(25), options={"profile": "4444"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuva444p10le"
+        for index, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgba").reformat(format="yuva444p10le")
+            frame.pts = index
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    return path
+
+
+def test_the_shape_of_a_mask_may_be_in_the_alpha_of_a_video(tmp_path):
+    path = cut_out(tmp_path / "matte.mov", np.array([200, 10, 10]))
+    shape = np.zeros((5, 48, 64), np.uint8)
+    shape[:, 10:30, 20:50] = 255
+    assert (read_video(path, masks=True).frames == shape[..., None]).all()
+    assert "has transparent pixels: the colours under them are used" in read_video(path).notes
+
+
+def test_a_cut_out_of_several_colours_is_no_plain_mask(tmp_path):
+    path = cut_out(tmp_path / "matte.mov", np.random.default_rng(0).integers(0, 256, (20, 30, 3)))
+    with pytest.raises(UserError, match=r"matte\.mov: has transparent pixels and several colours"):
+        read_video(path, masks=True)
 
 
 def test_wide_colours_are_told(tmp_path):
