@@ -39,6 +39,14 @@ class Settings(BaseModel):
             raise ValueError("expected a number, found true or false")
         return value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _nothing_is_no_path(cls, value: Any, info: ValidationInfo) -> Any:
+        """`source = ""` would mean the TOML's own folder."""
+        if value == "" and Path in _parts(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("is empty, expected a path. Leave the key out if there is none")
+        return value
+
 
 S = TypeVar("S", bound=Settings)
 

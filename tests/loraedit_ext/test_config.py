@@ -90,6 +90,13 @@ def test_true_is_no_number(edit_folder, key):
         load_config(edit_folder.config, [f"{key}=true"])
 
 
+@pytest.mark.parametrize("key", ["dataset", "model.vae_path"])
+def test_nothing_is_no_path(edit_folder, key):
+    """It would be the folder of the TOML."""
+    with pytest.raises(UserError, match=rf"`{key}` = '': is empty, expected a path"):
+        load_config(edit_folder.config, [f"{key}=''"])
+
+
 def test_the_run_and_the_job_taken_for_each_other_are_told_as_that(edit_folder):
     with pytest.raises(UserError) as caught:
         load_config(edit_folder.job)
