@@ -43,15 +43,18 @@ class _Kind:
     """Codecs whose packets may go into it as they are."""
     even: bool = False
     """Whether its sides must be."""
+    threads: int = 0
+    """That encode; 0: as many as there are cores."""
 
 
 _COMPRESSED = {"aac", "mp3", "ac3", "eac3", "alac"}
 _PCM = {f"pcm_{kind}" for kind in ("s16le", "s16be", "s24le", "s24be", "s32le", "s32be", "f32le", "f32be")}
 _KINDS = {
     ".mp4": _Kind("mp4", "libx264", "yuv420p", {"preset": "medium"}, frozenset(_COMPRESSED | {"opus", "flac"}), even=True),
-    # "apl0" is what Apple's own encoder signs with: some programs take no other.
+    # "apl0" is what Apple's own encoder signs with: some programs take no other. One thread, for several write into each
+    # other's blocks at the right border where the width is no multiple of 16.
     ".mov": _Kind("mov", "prores_ks", "yuv444p10le", {"profile": "4444", "vendor": "apl0", "bits_per_mb": "8000"},
-                  frozenset(_COMPRESSED | _PCM)),
+                  frozenset(_COMPRESSED | _PCM), threads=1),
 }  # fmt: skip
 
 
@@ -100,9 +103,8 @@ def write_video(
         output = stack.enter_context(
             av.open(str(partial), "w", format=kind.container, options={"movflags": "faststart"})
         )
-        video = _add_video(output, kind, size, rate, times)
-        if kind.codec == "libx264":
-            video.options = {**video.options, "crf": str(crf)}
+        options = kind.options | ({"crf": str(crf)} if kind.codec == "libx264" else {})
+        video = _add_video(output, kind, options, size, rate, times)
         sound = output.add_stream_from_template(audio) if audio else None
         _encode(output, video, frames, _ticks(len(frames), rate, times), path.name)
         if audio and sound:
@@ -173,11 +175,13 @@ def _ticks(count: int, rate: Fraction, times: Sequence[float] | np.ndarray | Non
 
 
 def _add_video(
-    output: OutputContainer, kind: _Kind, size: tuple[int, int], rate: Fraction, times: Sequence[float] | np.ndarray | None
+    output: OutputContainer, kind: _Kind, options: dict[str, str], size: tuple[int, int], rate: Fraction,
+    times: Sequence[float] | np.ndarray | None,
 ) -> VideoStream:
-    stream = output.add_stream(kind.codec, rate=rate)
-    (stream.width, stream.height), stream.pix_fmt, stream.options = size, kind.pixels, kind.options
+    stream = output.add_stream(kind.codec, rate=rate, options=options)
+    (stream.width, stream.height), stream.pix_fmt = size, kind.pixels
     codec = stream.codec_context
+    codec.thread_count = kind.threads
     codec.time_base = 1 / rate if times is None else _TICKS
     codec.colorspace, codec.color_primaries, codec.color_trc = 1, ColorPrimaries.BT709, ColorTrc.BT709
     codec.color_range = ColorRange.MPEG
@@ -207,8 +211,11 @@ def _open_audio(stack: ExitStack, path: Path, kind: _Kind, notes: list[str]) -> 
     stream = container.streams.best("audio")
     if stream is None:
         return None
-    if stream.codec_context.name not in kind.audio:
-        notes.append(f"{path}: audio left out: {stream.codec_context.name} does not go into {kind.container} as it is.")
+    name = stream.codec_context.name
+    if name not in kind.audio:
+        others = [other.container for other in _KINDS.values() if name in other.audio]
+        cure = f" Into {others[0]} it does." if others else ""
+        notes.append(f"{path}: audio left out: {name} does not go into {kind.container} as it is.{cure}")
         return None
     return stream
 
