@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from dataset.schema import JobSettings
 from dataset.video import Video, read_media
 from loraedit_ext import masks
 from loraedit_ext.difference import changed
+from loraedit_ext.prepare import alignment
 from loraedit_ext.prepare.regions import Region, from_box, from_picture
 from loraedit_ext.prepare.request import Point, Request
 
@@ -42,15 +43,30 @@ def read_clip(request: Request) -> Video:
     return replace(read, frames=read.frames[:used], times=read.times[:used])
 
 
-def read_given(request: Request, clip: Video) -> tuple[dict[int, np.ndarray], dict[int, Region], list[str]]:
-    """Edited pictures, uint8 (H, W, 3) at the source's size, and the regions to edit, by frame of the clip; which were scaled.
+@dataclass(frozen=True, eq=False)
+class Given:
+    """By frame of the clip, what a call brings.
 
-    Regions that the person drew hold; without any, each edited picture shows its own.
+    Attributes:
+        edited: pictures, uint8 (H, W, 3), at the source's size and in line with its frames.
+        regions: to edit. Those that the person drew hold; without any, each edited picture shows its own.
+        aligned: frames whose picture was brought into line.
+        told: what was done to pictures, a clause each.
+    """
+
+    edited: dict[int, np.ndarray]
+    regions: dict[int, Region]
+    aligned: frozenset[int]
+    told: list[str]
+
+
+def read_given(request: Request, clip: Video) -> Given:
+    """Read and check what a call brings.
 
     Raises:
         UserError: all that does not fit the clip, together; or a picture does not tell where its edit is.
     """
-    errors, edited, drawn, told = ErrorCollector(), {}, {}, []
+    errors, edited, drawn, told, aligned = ErrorCollector(), {}, {}, [], set()
     for frame in request.pictures:
         with errors.catch():
             _check_frame(f"--frame {frame}", frame, clip)
@@ -66,13 +82,17 @@ def read_given(request: Request, clip: Video) -> tuple[dict[int, np.ndarray], di
             edited[frame] = _at_source_size(path, picture, clip)
             if edited[frame] is not picture:
                 told.append(f"{path.name}: scaled from {picture.shape[1]}x{picture.shape[0]} to {clip.size[0]}x{clip.size[1]}")
+            if (off := alignment.slip(clip.frames[frame], edited[frame])) is not None:
+                edited[frame] = alignment.moved(clip.frames[frame], edited[frame], off.matrix)
+                aligned.add(frame)
+                told.append(f"{path.name}: what it shows lies up to {off.pixels:.1f} pixels off its frame; brought into line")
     for frame in sorted({*request.boxes, *request.painted}):
         with errors.catch():
             _check_frame(f"region of frame {frame}", frame, clip)
             drawn[frame] = _drawn(request, clip, frame)
     errors.raise_if_any()
     regions = drawn or {frame: _region_of_edit(request, clip, frame, picture) for frame, picture in edited.items()}
-    return edited, regions, told
+    return Given(edited, regions, frozenset(aligned), told)
 
 
 def _check_frame(what: str, frame: int, clip: Video) -> None:

@@ -73,14 +73,17 @@ def prepare(request: Request) -> list[str]:
              f"{clip.total}, {clip.size[0]}x{clip.size[1]}",
              *(f"note      {clip.path.name}: {note}"
                for note in (*clip.notes, *footage.notes(clip.frames, request.start, request.every)))]  # fmt: skip
-    edited, keys, told = read_given(request, clip)
-    lines += [f"note      {each}" for each in told]
+    given = read_given(request, clip)
+    edited, keys = given.edited, given.regions
+    lines += [f"note      {each}" for each in given.told]
     folder = JobFolder(request.out, request.overwrite, {*request.edited.values(), *request.painted.values()})
     if not (keys or request.clicks or request.background):
         folder.make()
         with folder.writing():
             lines += _write_frames(request, folder, clip)
         return [*lines, *_kept(folder), *_next(request, folder)]
+    aligned = {frame: _aligned_name(frame) for frame in sorted(given.aligned)}
+    request = replace(request, edited={**request.edited, **{frame: folder.path / name for frame, name in aligned.items()}})
     texts = plan_tomls(request, folder, len(clip.frames))
     by_hand = _masks_by_hand(request, folder, clip)
     follow = _follower(request, clip, edited, keys)
@@ -98,6 +101,7 @@ def prepare(request: Request) -> list[str]:
         lines += _lost(frame, clip.frames[frame], picture, grey[frame])
     with folder.writing():
         lines += _write_frames(request, folder, clip)
+        lines += _write_aligned(folder, aligned, edited)
         lines += _write_masks(request, folder, clip, grey)
         lines += _write_previews(folder, clip, edited, grey)
         lines += _write_tomls(folder, texts)
@@ -186,6 +190,10 @@ def _picture_name(frame: int) -> str:
     return f"frame_{frame:05d}.png" if frame else FRAME
 
 
+def _aligned_name(frame: int) -> str:
+    return f"aligned_{frame:05d}.png"
+
+
 def _mask_name(source_frame: int) -> str:
     return f"{MASK}/{source_frame:05d}.png"
 
@@ -211,6 +219,13 @@ def _write_frames(request: Request, folder: JobFolder, clip: Video) -> list[str]
     names = {frame: _picture_name(frame) for frame in sorted({0, *request.pictures})}
     for frame, name in names.items():
         folder.write_png(name, clip.frames[frame])
+    return [f"wrote     {folder.path / name}" for name in names.values() if name not in folder.kept]
+
+
+def _write_aligned(folder: JobFolder, names: Mapping[int, str], edited: Mapping[int, np.ndarray]) -> list[str]:
+    """Edited pictures that were brought into line, which the job takes in place of those that were given."""
+    for frame, name in names.items():
+        folder.write_png(name, edited[frame])
     return [f"wrote     {folder.path / name}" for name in names.values() if name not in folder.kept]
 
 

@@ -22,6 +22,7 @@ from loraedit_ext.config import load_config
 from loraedit_ext.difference import changed
 from loraedit_ext.evaluation.rendering import render
 from loraedit_ext.evaluation.scenes import random_scene
+from loraedit_ext.evaluation.textures import ATLAS_PATH
 from loraedit_ext.prepare.job import prepare
 from loraedit_ext.prepare.regions import Box, from_box, from_picture, widened
 from loraedit_ext.prepare.request import Request
@@ -160,6 +161,26 @@ def test_a_picture_that_an_image_model_gave_another_size_shows_the_same_region(f
     lines = prepare(request(folder, edited={0: folder / "smaller.png"}))
     assert "note      smaller.png: scaled from 144x146 to 192x192" in lines
     assert np.abs(job_of(folder).grey_mask - whole).mean() < 0.02 * 255
+
+
+def test_a_picture_that_an_image_model_put_off_is_brought_into_line(folder):
+    """As it was, nearly all of it would count as edited."""
+    photographs = cv2.resize(read_image(ATLAS_PATH), (192, 192), interpolation=cv2.INTER_AREA)
+    video = np.repeat(photographs[None], 13, axis=0)
+    write_images(folder / "source", video)
+    edited = video[0].copy()
+    edited[60:120, 60:120] = (255, 0, 255)
+    off = cv2.warpAffine(edited, np.array([[1.02, 0, -2], [0, 1.02, -3]]), (192, 192), borderMode=cv2.BORDER_REFLECT)
+    write_png(folder / "off.png", off)
+    lines = prepare(request(folder, edited={0: folder / "off.png"}))
+    assert any(line.startswith("note      off.png: what it shows lies up to 3.") for line in lines)
+    aligned = folder / "job" / "aligned_00000.png"
+    assert f"wrote     {aligned}" in lines
+    assert job_of(folder).first_edit.path.resolve() == aligned.resolve()
+    left, top, width, height = box_of(changed(video[0], read_image(aligned)))
+    assert np.allclose((left, top, left + width, top + height), (60, 60, 120, 120), atol=3)
+    again = prepare(request(folder, edited={0: folder / "off.png"}))
+    assert not [line for line in again if line.startswith("kept      aligned")]
 
 
 def test_a_job_with_a_hand_written_every_is_not_given_the_masks_of_other_frames(folder):

@@ -276,7 +276,8 @@ def test_a_found_edit_is_held_and_followed_with_its_object(folder, tiny_sam, sam
     """Before the margin, which would hide it: outlines of random weights are everywhere."""
     request = asked(folder, tiny_sam, edited={0: folder / "edited.png"}, clicks=clicks)
     read = read_clip(request)
-    edited, regions, _ = read_given(request, read)
+    given = read_given(request, read)
+    edited, regions = given.edited, given.regions
     edit = changed(read.frames[0], edited[0])
     outlines = sam.outlines(read.frames, {0: Prompt(clicks=clicks[0]) if clicks else Prompt(box=box_around(edit))})
     assert (edit & ~outlines[0]).sum() > 20
