@@ -29,6 +29,7 @@ from dataset.images import write_png
 from dataset.video import nice_rate
 
 _TICKS = Fraction(1, 90_000)  # clock of a variable-rate result
+_BLOCK = 16  # side in pixels of what encoders work on at once
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,15 @@ class _Kind:
     """Codecs whose packets may go into it as they are."""
     even: bool = False
     """Whether its sides must be."""
-    threads: int = 0
-    """That encode; 0: as many as there are cores."""
 
 
 _COMPRESSED = {"aac", "mp3", "ac3", "eac3", "alac"}
 _PCM = {f"pcm_{kind}" for kind in ("s16le", "s16be", "s24le", "s24be", "s32le", "s32be", "f32le", "f32be")}
 _KINDS = {
     ".mp4": _Kind("mp4", "libx264", "yuv420p", {"preset": "medium"}, frozenset(_COMPRESSED | {"opus", "flac"}), even=True),
-    # "apl0" is what Apple's own encoder signs with: some programs take no other. One thread, for several write into each
-    # other's blocks at the right border where the width is no multiple of 16.
+    # "apl0" is what Apple's own encoder signs with: some programs take no other.
     ".mov": _Kind("mov", "prores_ks", "yuv444p10le", {"profile": "4444", "vendor": "apl0", "bits_per_mb": "8000"},
-                  frozenset(_COMPRESSED | _PCM), threads=1),
+                  frozenset(_COMPRESSED | _PCM)),
 }  # fmt: skip
 
 
@@ -181,7 +179,6 @@ def _add_video(
     stream = output.add_stream(kind.codec, rate=rate, options=options)
     (stream.width, stream.height), stream.pix_fmt = size, kind.pixels
     codec = stream.codec_context
-    codec.thread_count = kind.threads
     codec.time_base = 1 / rate if times is None else _TICKS
     codec.colorspace, codec.color_primaries, codec.color_trc = 1, ColorPrimaries.BT709, ColorTrc.BT709
     codec.color_range = ColorRange.MPEG
@@ -191,15 +188,34 @@ def _add_video(
 def _encode(output: OutputContainer, stream: VideoStream, frames: np.ndarray, ticks: list[int], name: str) -> None:
     shown = stepping(zip(frames, ticks, strict=True), f"writing {name}", total=len(frames))
     for frame, tick in shown:
-        missing = ((0, stream.height - frame.shape[0]), (0, stream.width - frame.shape[1]), (0, 0))
-        picture = av.VideoFrame.from_ndarray(
-            np.ascontiguousarray(np.pad(frame, missing, mode="edge")), format="rgb24",
-        ).reformat(
-            format=stream.pix_fmt, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG,
-        )
+        picture = _converted(frame, (stream.width, stream.height), stream.pix_fmt)
         picture.pts, picture.time_base = tick, stream.codec_context.time_base
         output.mux(stream.encode(picture))
     output.mux(stream.encode())
+
+
+def _converted(frame: np.ndarray, size: tuple[int, int], pixels: str) -> av.VideoFrame:
+    """A picture for the encoder, whose last row and column are repeated up to `size`, and on to a multiple of 16.
+
+    swscale and FFmpeg's ProRes encoder read beyond the right border of other widths, into memory that nobody has written.
+    """
+    height, width = frame.shape[:2]
+    whole = [-(-side // _BLOCK) * _BLOCK for side in size]
+    padded = np.pad(frame, ((0, whole[1] - height), (0, whole[0] - width), (0, 0)), mode="edge")
+    picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24").reformat(
+        format=pixels, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG,
+    )
+    if whole == list(size):
+        return picture
+    part = av.VideoFrame(*size, pixels)
+    for from_plane, to_plane in zip(picture.planes, part.planes, strict=True):
+        source = np.frombuffer(from_plane, np.uint8).reshape(from_plane.height, from_plane.line_size)
+        target = np.zeros((to_plane.height, to_plane.line_size), np.uint8)
+        shared = min(source.shape[1], target.shape[1])
+        target[:, :shared] = source[: len(target), :shared]
+        to_plane.update(target.tobytes())
+    part.colorspace, part.color_range = Colorspace.ITU709, ColorRange.MPEG
+    return part
 
 
 def _open_audio(stack: ExitStack, path: Path, kind: _Kind, notes: list[str]) -> AudioStream | None:

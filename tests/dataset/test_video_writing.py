@@ -48,7 +48,7 @@ def test_prores_is_what_editing_programs_take(tmp_path, width, height):
     assert error[:2].max() <= 1
     assert error[2:].mean() < 1
     write_video(tmp_path / "again.mov", frames, 29.97)
-    assert (read_video(tmp_path / "again.mov").frames == video.frames).all(), "on several threads the encoder mixes blocks up"
+    assert (read_video(tmp_path / "again.mov").frames == video.frames).all(), "the encoder read what nobody had written"
     assert (video.total, video.fps, video.notes) == (5, Fraction(30000, 1001), ())
     with av.open(str(tmp_path / "o.mov")) as container:
         codec = container.streams.video[0].codec_context
