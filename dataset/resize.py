@@ -174,7 +174,7 @@ def fit(source: Size, size: Size, window: Box | None = None) -> Fit:
     left, top, width, height = window or (0, 0, *source)
     right, bottom = left + width, top + height
     if not alike(size, (width, height)):
-        stretch = size[0] * height / (size[1] * width)
+        stretch = _stretch(size, (width, height))
         width = max(1, round(width * min(1.0, stretch)))
         height = max(1, round(height * min(1.0, 1 / stretch)))
     offset = ((left + right - width) // 2, (top + bottom - height) // 2)
@@ -183,7 +183,12 @@ def fit(source: Size, size: Size, window: Box | None = None) -> Fit:
 
 def alike(one: Size, other: Size) -> bool:
     """Whether two sizes have about the same aspect, so that a picture of one may be stretched to the other."""
-    return abs(one[0] * other[1] / (one[1] * other[0]) - 1) <= MAX_STRETCH
+    return abs(_stretch(one, other) - 1) <= MAX_STRETCH
+
+
+def _stretch(one: Size, other: Size) -> float:
+    """By how much wider the first is than the second of its height."""
+    return one[0] * other[1] / (one[1] * other[0])
 
 
 def scaled(image: np.ndarray, size: Size) -> np.ndarray:

@@ -21,6 +21,11 @@ _SIGMA = 1.5
 """Pixels of the Gaussian that takes compression noise away."""
 
 
+def distance(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Grey levels by which two pictures, uint8 (H, W, 3), differ, without their compression noise; uint8 (H, W)."""
+    return cv2.absdiff(cv2.GaussianBlur(before, (0, 0), _SIGMA), cv2.GaussianBlur(after, (0, 0), _SIGMA)).max(2)
+
+
 def changed(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """The pixels that a person changed, as bool (H, W).
 
@@ -29,10 +34,10 @@ def changed(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     Args:
         before, after: uint8 (H, W, 3) of one size.
     """
-    distance = cv2.absdiff(cv2.GaussianBlur(before, (0, 0), _SIGMA), cv2.GaussianBlur(after, (0, 0), _SIGMA)).max(2)
-    noise = float(np.median(distance))
+    off = distance(before, after)
+    noise = float(np.median(off))
     threshold = max(LEAST, _NOISE_LEVELS * noise) if noise <= _MOST_NOISE else LEAST
-    touched = (distance > threshold).astype(np.uint8)
+    touched = (off > threshold).astype(np.uint8)
     touched = cv2.morphologyEx(touched, cv2.MORPH_CLOSE, np.ones((9, 9), np.uint8))
     count, labels, facts, _ = cv2.connectedComponentsWithStats(touched)
     large = [index for index in range(1, count) if facts[index, cv2.CC_STAT_AREA] >= _SPECK * touched.size]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from loraedit_ext import difference
+
 _SIDE = 1024
 """Pixels of the longer side at which features are found."""
 _RATIO = 0.75
@@ -17,8 +19,6 @@ _LEAST = 40
 """Matches that must follow it."""
 _OFF, _FARTHEST = 0.75, 0.06
 """Pixels of the source by which a corner must be off to be worth a change, and the share of the diagonal that is no slip."""
-_SIGMA = 1.5
-"""Pixels of the Gaussian that takes compression noise away."""
 _BETTER = 0.8
 """Of the difference from the frame, where the picture is least changed, what may be left."""
 
@@ -86,6 +86,5 @@ def _movement(frame: np.ndarray, picture: np.ndarray) -> np.ndarray | None:
 
 def _unchanged_error(frame: np.ndarray, picture: np.ndarray) -> float:
     """Mean difference over the pixels between the third and the eighth tenth of it: flat ones and edited ones left out."""
-    smooth = [cv2.GaussianBlur(image, (0, 0), _SIGMA) for image in (frame, picture)]
-    ranked = np.sort(cv2.absdiff(*smooth).max(axis=2), axis=None)
+    ranked = np.sort(difference.distance(frame, picture), axis=None)
     return float(ranked[3 * len(ranked) // 10 : 8 * len(ranked) // 10].mean())

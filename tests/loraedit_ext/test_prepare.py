@@ -164,7 +164,7 @@ def test_a_picture_that_an_image_model_gave_another_size_shows_the_same_region(f
 
 
 def test_a_picture_that_an_image_model_put_off_is_brought_into_line(folder):
-    """As it was, nearly all of it would count as edited."""
+    """As it was, much of what was not edited would count as edited."""
     photographs = cv2.resize(read_image(ATLAS_PATH), (192, 192), interpolation=cv2.INTER_AREA)
     video = np.repeat(photographs[None], 13, axis=0)
     write_images(folder / "source", video)
