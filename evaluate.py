@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         from loraedit_ext.evaluation.subject import Files
 
         if options.suite:
-            from loraedit_ext.evaluation.suite import run_suite
+            from loraedit_ext.evaluation.suite.run import run_suite
 
             run_suite(options.overrides, options.quick, options.out)
         elif options.config:

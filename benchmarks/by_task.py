@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from common.files import write_text_atomic
-from loraedit_ext.evaluation.suite_settings import SuiteSettings
-from loraedit_ext.evaluation.suite_tasks import SuiteTask, chosen
+from loraedit_ext.evaluation.suite.settings import SuiteSettings
+from loraedit_ext.evaluation.suite.tasks import SuiteTask, chosen
 
 Row = TypeVar("Row")
 Scores = TypeVar("Scores")

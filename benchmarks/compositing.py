@@ -15,12 +15,12 @@ import numpy as np
 
 from common.progress import progress
 from dataset.video import read_video
-from loraedit_ext.compositing import composite
 from loraedit_ext.config import EditSettings
+from loraedit_ext.editing.compositing import composite
 from loraedit_ext.evaluation import metrics
-from loraedit_ext.evaluation.suite import read_records, video_path
-from loraedit_ext.evaluation.suite_statistics import estimate, paired
-from loraedit_ext.evaluation.suite_tasks import LISTS, SuiteTask, TaskMedia, chosen
+from loraedit_ext.evaluation.suite.run import read_records, video_path
+from loraedit_ext.evaluation.suite.statistics import estimate, paired
+from loraedit_ext.evaluation.suite.tasks import LISTS, SuiteTask, TaskMedia, chosen
 
 METHODS = ("vae", "naive", "motion", "appearance")
 WAYS = ((0, 0), (2, 0), (8, 0), (2, 4), (2, 8), (2, 16), (8, 8))

@@ -32,7 +32,7 @@ from loraedit_ext.config import ATTENTION, OFFLOAD, AdapterSettings
 from loraedit_ext.flow import TimestepSampler, generator_for
 from loraedit_ext.objective import Objective
 from loraedit_ext.pipeline import Engine, autocast, distributed
-from loraedit_ext.trainer import checkpoint_activations
+from loraedit_ext.training.trainer import checkpoint_activations
 from models.base import I2VModel, release_memory
 from models.eight_bit import multiply_integers
 from models.hunyuan.config import VARIANT_OF_CHANNELS, HunyuanConfig, rope_axes

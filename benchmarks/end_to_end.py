@@ -25,10 +25,10 @@ from benchmarks.wan_step import device_name
 from common import with_parent
 from common.errors import UserError
 from common.files import write_json_atomic, write_text_atomic
+from loraedit_ext.editing.results import EDITED
 from loraedit_ext.evaluation import metrics
 from loraedit_ext.evaluation.subject import Files, from_files
-from loraedit_ext.metrics import history
-from loraedit_ext.results import EDITED
+from loraedit_ext.training.tracking import history
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "examples" / "demo"

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.files import write_text_atomic
-from loraedit_ext.evaluation.suite import run_suite
-from loraedit_ext.evaluation.suite_claims import Results
-from loraedit_ext.evaluation.suite_statistics import Estimate, paired
+from loraedit_ext.evaluation.suite.claims import Results
+from loraedit_ext.evaluation.suite.run import run_suite
+from loraedit_ext.evaluation.suite.statistics import Estimate, paired
 
 TRAINED = ("motion", "appearance")
 WITH_NAIVE = ("naive", *TRAINED)

@@ -24,17 +24,18 @@ from common.files import write_atomic, write_text_atomic
 from dataset.job import load_job
 from dataset.resize import Grid
 from dataset.triple import EncodedTriple
-from loraedit_ext import flow, lora, masks, optim, regimes
+from loraedit_ext import flow, lora, masks, regimes
 from loraedit_ext.config import AdapterSettings, EditSettings, OptimizerSettings
+from loraedit_ext.editing.sampling import sample_latents
 from loraedit_ext.encode import encode
 from loraedit_ext.evaluation import metrics
-from loraedit_ext.evaluation.suite_scores import scores
-from loraedit_ext.evaluation.suite_statistics import Estimate, estimate, paired
-from loraedit_ext.evaluation.suite_tasks import SIZE, SuiteTask, TaskMedia, chosen, write
+from loraedit_ext.evaluation.suite.scores import scores
+from loraedit_ext.evaluation.suite.statistics import Estimate, estimate, paired
+from loraedit_ext.evaluation.suite.tasks import SIZE, SuiteTask, TaskMedia, chosen, write
 from loraedit_ext.hunyuan import MaskedHunyuan
 from loraedit_ext.objective import Objective
 from loraedit_ext.pipeline import alone
-from loraedit_ext.sampling import sample_latents
+from loraedit_ext.training import optim
 from models.hunyuan.checkpoint import HunyuanTransformerFiles
 from models.hunyuan.wrapper import HunyuanI2V
 from models.wan.checkpoint import WanCheckpoint

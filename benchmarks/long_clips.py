@@ -16,13 +16,13 @@ from benchmarks.by_task import BUDGET, compare
 from dataset.video import read_media
 from loraedit_ext import launch
 from loraedit_ext.config import RunConfig
+from loraedit_ext.editing.results import GENERATED
 from loraedit_ext.evaluation import metrics
 from loraedit_ext.evaluation.rendering import render
-from loraedit_ext.evaluation.suite_methods import METHODS, config_of, train, write_config
-from loraedit_ext.evaluation.suite_statistics import estimate, paired
-from loraedit_ext.evaluation.suite_tasks import SIZE, SuiteTask, read_frames
+from loraedit_ext.evaluation.suite.methods import METHODS, config_of, train, write_config
+from loraedit_ext.evaluation.suite.statistics import estimate, paired
+from loraedit_ext.evaluation.suite.tasks import SIZE, SuiteTask, read_frames
 from loraedit_ext.evaluation.tasks import TRUTH, edit_boxes, write_task
-from loraedit_ext.results import GENERATED
 
 FRAMES, CLIP = 25, 13
 SHARED = CLIP - 1

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.by_task import BUDGET, compare
-from loraedit_ext import flow, launch, lora, regimes, sampling, skipping
-from loraedit_ext.editor import Editor
+from loraedit_ext import flow, launch, lora, regimes
+from loraedit_ext.editing import sampling, skipping
+from loraedit_ext.editing.editor import Editor
+from loraedit_ext.editing.skipping import Predict
 from loraedit_ext.evaluation import metrics
-from loraedit_ext.evaluation.suite_methods import METHODS, config_of, train, write_config
-from loraedit_ext.evaluation.suite_statistics import estimate
-from loraedit_ext.evaluation.suite_tasks import SuiteTask, TaskMedia, write
+from loraedit_ext.evaluation.suite.methods import METHODS, config_of, train, write_config
+from loraedit_ext.evaluation.suite.statistics import estimate
+from loraedit_ext.evaluation.suite.tasks import SuiteTask, TaskMedia, write
 from loraedit_ext.pipeline import alone
-from loraedit_ext.skipping import Predict
 
 STEPS = 30
 SETTINGS = (f"edit.steps={STEPS}", "edit.shift=5.0", "edit.guidance=5.0", "edit.negative_prompt=''")

@@ -22,7 +22,7 @@ from loraedit_ext.evaluation.tasks import write_task
 from loraedit_ext.flow import TimestepSampler
 from loraedit_ext.objective import Objective
 from loraedit_ext.pipeline import distributed
-from loraedit_ext.trainer import Trainer, group_names
+from loraedit_ext.training.trainer import Trainer, group_names
 from models.wan.config import WanConfig
 from models.wan.random_weights import write_random_checkpoint
 

@@ -23,7 +23,7 @@ from loraedit_ext.config import ATTENTION, OFFLOAD, AdapterSettings
 from loraedit_ext.flow import TimestepSampler
 from loraedit_ext.objective import Objective
 from loraedit_ext.pipeline import Engine, distributed
-from loraedit_ext.trainer import checkpoint_activations
+from loraedit_ext.training.trainer import checkpoint_activations
 from models.attention_backend import AttentionBackend, attention_backend
 from models.layers import speed_up
 from models.wan.config import WanConfig

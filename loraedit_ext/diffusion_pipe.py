@@ -50,7 +50,7 @@ MODEL: Mapping[str, str] = {
 
 ADAPTER: Mapping[str, str] = {
     "dtype": "remove it: a LoRA trains in float32; `save_dtype` is what it is written in.",
-    "fuse_adapters": "`python -m loraedit_ext.merge_lora` merges LoRAs into a checkpoint, for any later run.",
+    "fuse_adapters": "`python -m loraedit_ext.lora.merge` merges LoRAs into a checkpoint, for any later run.",
 }
 """[adapter]."""
 

@@ -10,9 +10,10 @@ import torch
 
 from dataset.job import EditJob
 from dataset.triple import Triple
-from loraedit_ext import guidance, pieces, regimes
+from loraedit_ext import regimes
 from loraedit_ext.config import ATTENTION, RunConfig, StageSettings
-from loraedit_ext.sampling import computed_steps
+from loraedit_ext.editing import guidance, pieces
+from loraedit_ext.editing.sampling import computed_steps
 from models.base import Flops, Geometry, I2VModel
 
 BACKWARD = Flops(1.0, 1.0, 2.5)

@@ -14,8 +14,9 @@ from pathlib import Path
 from torch import Tensor
 
 from common.errors import UserError
-from loraedit_ext import cli, lora, state
+from loraedit_ext import cli, lora
 from loraedit_ext import run as runs
+from loraedit_ext.training import state
 from loraedit_ext.transformers_on_disk import STEMS, open_transformer
 from models.checkpoint import Tensors, guess_content, open_tensors, read_config
 from models.hunyuan.checkpoint import HunyuanCheckpoint
@@ -26,11 +27,11 @@ from models.wan.checkpoint import WanCheckpoint, expert_folders
 LOADED_BY = {
     "comfyui": "ComfyUI, diffusers, diffusion-pipe, LoRA-Edit",
     "kohya": "ComfyUI, musubi-tuner, LoRA-Edit; diffusers only if every linear of every block is there",
-    "diffusers": "diffusers, LoRA-Edit; for ComfyUI convert it (loraedit_ext.convert_lora)",
-    "peft": "LoRA-Edit; for others convert it (loraedit_ext.convert_lora)",
-    "bare": "LoRA-Edit, DiffSynth-Studio; for others convert it (loraedit_ext.convert_lora)",
+    "diffusers": "diffusers, LoRA-Edit; for ComfyUI convert it (loraedit_ext.lora.convert)",
+    "peft": "LoRA-Edit; for others convert it (loraedit_ext.lora.convert)",
+    "bare": "LoRA-Edit, DiffSynth-Studio; for others convert it (loraedit_ext.lora.convert)",
 }  # fmt: skip
-_FOR_DIFFUSERS = "for diffusers convert it (loraedit_ext.convert_lora)"
+_FOR_DIFFUSERS = "for diffusers convert it (loraedit_ext.lora.convert)"
 _CHECKPOINTS = {"wan": WanCheckpoint, "hunyuan-video": HunyuanCheckpoint}
 _BLOCK = re.compile(r"\w*blocks\.\d+")
 _METRICS = "metrics.jsonl"

@@ -16,17 +16,19 @@ from dataset.cache import LatentCache
 from dataset.job import EditJob, load_job
 from dataset.resize import Grid
 from dataset.triple import EncodedTriple, Triple
-from loraedit_ext import lora, pieces, plan, regimes, state
+from loraedit_ext import lora, plan, regimes
 from loraedit_ext import run as runs
 from loraedit_ext.config import RunConfig, StageSettings
 from loraedit_ext.doctor import ram
+from loraedit_ext.editing import pieces
 from loraedit_ext.encode import Unconditional, encode_all, identity
 from loraedit_ext.family import Family
 from loraedit_ext.forecast import product_rate
 from loraedit_ext.hunyuan import MaskedHunyuan
-from loraedit_ext.optim import check_optimizer, find_optimizer
 from loraedit_ext.pipeline import World, check_world, distributed, planned_world, split, together
-from loraedit_ext.preview import Preview, describe_preview, plan_preview
+from loraedit_ext.training import state
+from loraedit_ext.training.optim import check_optimizer, find_optimizer
+from loraedit_ext.training.preview import Preview, describe_preview, plan_preview
 from loraedit_ext.wan import MaskedWan
 from models.attention_backend import attention_backend, check_backend
 from models.base import I2VModel
@@ -36,8 +38,8 @@ from models.streaming import streamed_blocks
 from models.wan.checkpoint import WanCheckpoint
 
 if TYPE_CHECKING:
-    from loraedit_ext.editor import Edit
-    from loraedit_ext.experts import Expert
+    from loraedit_ext.editing.editor import Edit
+    from loraedit_ext.editing.experts import Expert
 
 MAX_AREA = 832 * 480
 """Pixels of a frame beyond which the default size is scaled down: what 480P models were trained on."""
@@ -210,7 +212,7 @@ def this_machine(world: World) -> plan.Machine:
 def _run(
     config: RunConfig, world: World, prepared: Prepared, samples: Mapping[str, EncodedTriple]
 ) -> None:
-    from loraedit_ext.trainer import Trainer, group_names
+    from loraedit_ext.training.trainer import Trainer, group_names
 
     trainer = Trainer(
         config, prepared.job, prepared.model, samples, group_names(prepared.triples), prepared.stages, world,
@@ -251,7 +253,7 @@ def edit_with_seeds(config: RunConfig, lora_path: Path | None, out: Path | None,
 
 
 def _edit(config: RunConfig, world: World, lora_path: Path | None, out: Path | None, seeds: Sequence[int]) -> list[Path]:
-    from loraedit_ext.editor import Editor, check_lora
+    from loraedit_ext.editing.editor import Editor, check_lora
 
     def say(line: str) -> None:
         if world.is_main:
@@ -293,7 +295,7 @@ def _write(
     result: Edit, job: EditJob, config: RunConfig, adapter: lora.LoraFile, world: World, out: Path | None, say: Say
 ) -> Path:
     """Write a result to `out` or beside its LoRA; the folder."""
-    from loraedit_ext.results import FOLDER, folder_beside, write
+    from loraedit_ext.editing.results import FOLDER, folder_beside, write
 
     folder = world.broadcast(out or folder_beside(job, config, adapter))
     if not out and folder.name != FOLDER:
@@ -316,8 +318,8 @@ def _stacked(config: RunConfig, model: I2VModel, say: Say) -> list[tuple[lora.Lo
 
 def _other_expert(config: RunConfig, job: EditJob, device: torch.device, say: Say) -> Expert:
     """The expert of Wan2.2 that `model.expert` does not name, with its LoRAs."""
-    from loraedit_ext.editor import check_lora
-    from loraedit_ext.experts import Expert
+    from loraedit_ext.editing.editor import check_lora
+    from loraedit_ext.editing.experts import Expert
 
     name = "low" if config.model.expert == "high" else "high"
     changes = {"expert": name, "transformer_path": config.edit.other_transformer_path}

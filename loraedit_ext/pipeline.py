@@ -1,8 +1,8 @@
 """DeepSpeed, and nothing of it elsewhere: processes, the split into stages, the engine.
 
 Defects of its pipelines are avoided rather than patched: one float tensor with gradient crosses a
-boundary (`models.layers.freeze`), clipping is ours (`loraedit_ext.optim.GradientGuard`), full state is ours
-(`loraedit_ext.state`), and its config holds no precision section.
+boundary (`models.layers.freeze`), clipping is ours (`loraedit_ext.training.optim.GradientGuard`), full state is ours
+(`loraedit_ext.training.state`), and its config holds no precision section.
 """
 
 from __future__ import annotations

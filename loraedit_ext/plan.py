@@ -14,11 +14,12 @@ from torch import nn
 from common.errors import UserError
 from dataset.job import EditJob
 from dataset.triple import Triple
-from loraedit_ext import forecast, guidance, pieces, regimes
-from loraedit_ext.compositing import is_laid_back, result_size
+from loraedit_ext import forecast, regimes
 from loraedit_ext.config import ATTENTION, OFFLOAD, EditSettings, RunConfig, StageSettings
-from loraedit_ext.optim import lr_factor
-from loraedit_ext.sampling import computed_steps
+from loraedit_ext.editing import guidance, pieces
+from loraedit_ext.editing.compositing import is_laid_back, result_size
+from loraedit_ext.editing.sampling import computed_steps
+from loraedit_ext.training.optim import lr_factor
 from models.base import I2VModel
 from models.blocks import piece_count
 from models.layers import PipelineLayer

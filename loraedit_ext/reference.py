@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from common.settings import Settings
 from dataset.schema import JobSettings
 from loraedit_ext.config import RunConfig
-from loraedit_ext.evaluation.suite_settings import SuiteSettings
+from loraedit_ext.evaluation.suite.settings import SuiteSettings
 
 HEAD = """# Configuration
 

@@ -9,7 +9,7 @@
 | unedited (guidance)| as motion                                  | as motion                            | -           |
 
 For the paper's ablations (figure 2) the edit can be told less or more than that, see `EditCondition`. A long clip is edited
-piece by piece (`loraedit_ext.pieces`); each piece but the first begins with what the one before it made.
+piece by piece (`loraedit_ext.editing.pieces`); each piece but the first begins with what the one before it made.
 
 Axes: F pixel frames, H W pixels.
 """

@@ -15,8 +15,9 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import make_folder, write_json_atomic
-from loraedit_ext import lora, state
+from loraedit_ext import lora
 from loraedit_ext.config import RunConfig, parse_value
+from loraedit_ext.training import state
 
 CONFIG_COPY, RESUMED_FROM = "config.json", "resumed_from"
 

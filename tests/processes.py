@@ -16,7 +16,9 @@ from tests.conftest import EditFolder
 
 ROOT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train", "inference", "loraedit_ext.trainer", "loraedit_ext.editor", "peft", "torch._dynamo"])
+SERVER.set_forkserver_preload([
+    "train", "inference", "loraedit_ext.training.trainer", "loraedit_ext.editing.editor", "peft", "torch._dynamo",
+])  # fmt: skip
 
 
 def launch(

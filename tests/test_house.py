@@ -19,6 +19,8 @@ ALLOWED = {
     "pretraining": {"common", "models", "dataset", "loraedit_ext"},
     "benchmarks": {"common", "models", "dataset", "loraedit_ext", "pretraining"},
 }
+ROOMS = ("lora", "editing", "prepare", "training", "evaluation", "sweep")
+"""In loraedit_ext; each may import those before it, and the files beside them."""
 VERBS = sorted(path.name for path in ROOT.glob("*.py"))
 FILES = sorted(
     path.relative_to(ROOT) for folder in ALLOWED for path in (ROOT / folder).rglob("*.py")
@@ -45,6 +47,28 @@ def test_imports_go_downwards(path):
 def test_the_test_for_imports_can_fail():
     assert imported_rooms(Path("loraedit_ext/wan.py")) == {"loraedit_ext", "models"}
     assert not imported_rooms(Path("loraedit_ext/wan.py")) <= ALLOWED["dataset"]
+
+
+def upper_rooms(path: Path) -> set[str]:
+    """Rooms of loraedit_ext that a file imports and that come after its own."""
+    text = (ROOT / path).read_text()
+    named = set(re.findall(r"^ *from loraedit_ext\.(\w+)", text, re.M))
+    for names in re.findall(r"^ *from loraedit_ext import (.*)", text, re.M):
+        named |= set(re.findall(r"\w+", names))
+    return named & set(ROOMS[ROOMS.index(path.parts[1]) + 1 :])
+
+
+IN_ROOMS = [path for path in FILES if path.parts[0] == "loraedit_ext" and path.parts[1] in ROOMS]
+
+
+@pytest.mark.parametrize("path", IN_ROOMS, ids=str)
+def test_imports_go_downwards_between_the_rooms_of_loraedit_ext_too(path):
+    assert not upper_rooms(path)
+
+
+def test_the_test_for_rooms_can_fail():
+    assert {path.parts[1] for path in IN_ROOMS} == set(ROOMS)
+    assert upper_rooms(Path("loraedit_ext/lora/../launch.py")) >= {"editing", "training"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
@@ -125,7 +149,7 @@ def test_the_project_imports_without_torchvision():
     """A package that needs torchvision lets pip replace the torch build; nothing of ours may need it."""
     code = (
         "import sys; sys.modules['torchvision'] = None\n"
-        "import loraedit_ext.launch, loraedit_ext.trainer, loraedit_ext.editor, models.wan.encoders\n"
+        "import loraedit_ext.launch, loraedit_ext.training.trainer, loraedit_ext.editing.editor, models.wan.encoders\n"
         "import loraedit_ext.evaluation.run, loraedit_ext.prepare.sam\n"
         "from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil\n"
         "from diffusers import AutoencoderKLWan\n"

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from dataset.images import read_image
-from loraedit_ext import launch, state
+from loraedit_ext import launch
 from loraedit_ext.config import load_config
+from loraedit_ext.training import state
 
 ROOT = Path(__file__).parents[1]
 

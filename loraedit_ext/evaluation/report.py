@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import cv2
-import jinja2
 import numpy as np
 from markupsafe import Markup
 
 from common.files import write_text_atomic
 from common.progress import progress
-from dataset.video_writer import write_video
 from loraedit_ext.evaluation.catalogue import BY_KEY
 from loraedit_ext.evaluation.charts import Series, line_chart
 from loraedit_ext.evaluation.judge import Evaluation
+from loraedit_ext.evaluation.pages import Film, environment, place_films
 from loraedit_ext.evaluation.subject import Subject
-from loraedit_ext.metrics import history
 from loraedit_ext.run import CONFIG_COPY
+from loraedit_ext.training.tracking import history
 
 PAGE, TEMPLATE, VIDEOS = "report.html", "report.html.j2", "report_videos"
-EMBED_BYTES = 20_000_000
-"""Videos of more than this in all lie beside the page: base64 costs a third more, and browsers hold copies."""
 GAIN = 4
 CRF = 18
 OVERLAY = (255, 0, 80)
@@ -105,20 +99,10 @@ def write_report(
     """
     folder.mkdir(parents=True, exist_ok=True)
     shown = panels(subject)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".report-") as partial:
-        files = [Path(partial) / f"{panel.slug}.mp4" for panel in shown]
-        with progress(len(shown), "videos of the report", unit="video") as bar:
-            for panel, file in zip(shown, files, strict=True):
-                write_video(file, panel.frames, subject.fps, crf=CRF)
-                bar.update()
-        embedded = sum(file.stat().st_size for file in files) <= EMBED_BYTES
-        sources = [data_uri(file) if embedded else f"{VIDEOS}/{file.name}" for file in files]
-        shutil.rmtree(folder / VIDEOS, ignore_errors=True)
-        if not embedded:
-            os.replace(partial, folder / VIDEOS)
-            os.mkdir(partial)
+    with progress(len(shown), "videos of the report", unit="video") as bar:
+        sources = place_films(folder, VIDEOS, _films(shown, subject.fps, bar.update))
     page = environment().get_template(TEMPLATE).render(
-        subject=subject, evaluation=evaluation, panels=list(zip(shown, sources, strict=True)),
+        subject=subject, evaluation=evaluation, panels=[(panel, sources[panel.slug]) for panel in shown],
         frames=len(subject.source), size=subject.source.shape[2:0:-1], fps=float(subject.fps),
         coverage=100 * float((~subject.preserve).mean()), groups=_groups(evaluation),
         loss=loss_chart(subject.run), charts=frame_charts(evaluation), commands=commands, worst=worst(evaluation),
@@ -126,18 +110,13 @@ def write_report(
         facts=_facts(subject, evaluation), json=evaluation.as_json(),
     )  # fmt: skip
     write_text_atomic(folder / PAGE, page)
-    return [folder / PAGE] if embedded else [folder / PAGE, folder / VIDEOS]
+    return [path for path in (folder / PAGE, folder / VIDEOS) if path.exists()]
 
 
-def environment() -> jinja2.Environment:
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    return jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-
-
-def data_uri(file: Path) -> str:
-    return "data:video/mp4;base64," + base64.b64encode(file.read_bytes()).decode()
+def _films(shown: Sequence[Panel], fps: Fraction, done: Callable[[], object]) -> Iterator[tuple[str, Film]]:
+    for panel in shown:
+        yield panel.slug, Film(panel.frames, fps, CRF)
+        done()
 
 
 def _groups(evaluation: Evaluation) -> list[tuple[str, list[Any]]]:

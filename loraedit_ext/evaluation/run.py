@@ -16,7 +16,7 @@ from loraedit_ext.config import EvaluationSettings, RunConfig, load_config
 from loraedit_ext.evaluation.judge import Evaluation, judge, table
 from loraedit_ext.evaluation.report import write_report
 from loraedit_ext.evaluation.subject import Files, Subject, from_edit, from_files, newest_edit
-from loraedit_ext.metrics import summarise
+from loraedit_ext.training.tracking import summarise
 
 RESULT = "evaluation.json"
 FORMAT = 1

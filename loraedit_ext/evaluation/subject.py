@@ -20,10 +20,11 @@ from dataset.original import at_source_size
 from dataset.resize import Grid
 from dataset.video import FOLDER_FPS, hash_media, read_media
 from dataset.video_writer import even_size
-from loraedit_ext import masks, regimes, results
+from loraedit_ext import masks, regimes
 from loraedit_ext import run as runs
-from loraedit_ext.compositing import is_laid_back
 from loraedit_ext.config import EditSettings, RunConfig
+from loraedit_ext.editing import results
+from loraedit_ext.editing.compositing import is_laid_back
 
 
 @dataclass(frozen=True, eq=False)

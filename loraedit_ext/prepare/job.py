@@ -23,7 +23,7 @@ from dataset.resize import box_around
 from dataset.video import Video
 from dataset.video_writer import write_video
 from loraedit_ext import difference, masks
-from loraedit_ext.pictures import contact_sheet, overlaid
+from loraedit_ext.editing.pictures import contact_sheet, overlaid
 from loraedit_ext.prepare.folder import JobFolder
 from loraedit_ext.prepare.given import read_clip, read_given, read_grey
 from loraedit_ext.prepare.outlines import track_of

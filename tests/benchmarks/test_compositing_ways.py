@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks import compositing
 from dataset.video_writer import write_lossless
-from loraedit_ext.evaluation.suite import RESULTS, video_path
-from loraedit_ext.evaluation.suite_tasks import QUICK, TaskMedia
+from loraedit_ext.evaluation.suite.run import RESULTS, video_path
+from loraedit_ext.evaluation.suite.tasks import QUICK, TaskMedia
 
 
 def test_only_the_first_seeds_videos_count_and_matching_undoes_a_drift(tmp_path: Path) -> None:

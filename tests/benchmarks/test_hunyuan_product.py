@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from benchmarks import hunyuan_product
 from benchmarks.hunyuan_product import Product
 from loraedit_ext import masks
-from loraedit_ext.evaluation.suite_tasks import GUARD
+from loraedit_ext.evaluation.suite.tasks import GUARD
 from loraedit_ext.hunyuan import MaskedHunyuan
 from models.hunyuan.checkpoint import HunyuanCheckpoint
 from models.hunyuan.wrapper import HunyuanI2V

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from benchmarks import step_skipping
 from benchmarks.step_skipping import ALL, WAYS, EasyCache, Repeating, Way
-from loraedit_ext import flow, skipping
+from loraedit_ext import flow
+from loraedit_ext.editing import skipping
 
 SIGMAS = flow.inference_sigmas(step_skipping.STEPS, 5.0, "euler")
 SHAPE = (1, 4, 2, 4, 4)

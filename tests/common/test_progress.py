@@ -17,8 +17,8 @@ import train
 from common import progress
 from dataset.video import read_images, read_video
 from dataset.video_writer import write_images, write_lossless, write_video
-from loraedit_ext.compositing import composite
 from loraedit_ext.config import EditSettings
+from loraedit_ext.editing.compositing import composite
 from models.hunyuan.checkpoint import HunyuanCheckpoint
 from models.layers import calls_shown
 from models.shards import Planned, write_shards

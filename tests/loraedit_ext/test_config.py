@@ -11,7 +11,7 @@ from common.settings import load_settings
 from dataset.schema import load_job_settings
 from loraedit_ext import run as runs
 from loraedit_ext.config import load_config, parse_value
-from loraedit_ext.sweep import SweepSettings
+from loraedit_ext.sweep.settings import SweepSettings
 
 
 def test_paths_are_relative_to_the_toml(edit_folder):

@@ -10,12 +10,18 @@ import pytest
 from common.errors import UserError
 from dataset.schema import load_job_settings
 from loraedit_ext import diffusion_pipe
-from loraedit_ext.config import AdapterSettings, MonitoringSettings, OptimizerSettings, RunConfig, load_config
-from loraedit_ext.config import ModelSettings as Model
-from loraedit_ext.optim import find_optimizer
+from loraedit_ext.config import (
+    AdapterSettings,
+    ModelSettings,
+    MonitoringSettings,
+    OptimizerSettings,
+    RunConfig,
+    load_config,
+)
+from loraedit_ext.training.optim import find_optimizer
 
 PAGE = Path(__file__).parents[2] / "docs" / "diffusion-pipe.md"
-TABLES = {"": (RunConfig, diffusion_pipe.RUN), "model.": (Model, diffusion_pipe.MODEL),
+TABLES = {"": (RunConfig, diffusion_pipe.RUN), "model.": (ModelSettings, diffusion_pipe.MODEL),
           "adapter.": (AdapterSettings, diffusion_pipe.ADAPTER)}
 USUAL = """
 output_dir = '/data/runs'

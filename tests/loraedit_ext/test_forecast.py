@@ -13,12 +13,12 @@ import torch
 from benchmarks.activations import Counter
 from loraedit_ext import forecast, launch, lora
 from loraedit_ext.config import load_config
-from loraedit_ext.trainer import checkpoint_activations
+from loraedit_ext.training.trainer import checkpoint_activations
 from models.hunyuan.config import HunyuanConfig
 from models.hunyuan.wrapper import HunyuanI2V
 from models.wan.config import WanConfig
 from models.wan.wrapper import WanI2V
-from tests.loraedit_ext.test_streaming import build, inputs_of
+from tests.loraedit_ext.training.test_streaming import build, inputs_of
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from dataset.images import read_image
 from loraedit_ext import launch
 from loraedit_ext.config import load_config
 from tests.conftest import write_edit_folder
-from tests.loraedit_ext.test_processes import assert_close, numbers
+from tests.loraedit_ext.training.test_processes import assert_close, numbers
 from tests.processes import launch as launch_processes
 
 

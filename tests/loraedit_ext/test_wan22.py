@@ -16,13 +16,15 @@ from safetensors.torch import save_file
 
 import train
 from common.errors import UserError
-from loraedit_ext import guidance, inspect, launch, lora, merge_lora, plan, regimes
+from loraedit_ext import inspect, launch, lora, plan, regimes
 from loraedit_ext import run as runs
 from loraedit_ext.config import load_config
-from loraedit_ext.editor import Editor, Expert
+from loraedit_ext.editing import guidance
+from loraedit_ext.editing.editor import Editor, Expert
 from loraedit_ext.encode import encode_all, identity
-from loraedit_ext.evaluation.suite_settings import load_suite
+from loraedit_ext.evaluation.suite.settings import load_suite
 from loraedit_ext.flow import TimestepSampler
+from loraedit_ext.lora import merge
 from loraedit_ext.pipeline import alone
 from loraedit_ext.wan import MaskedWan
 from models.base import I2VModel
@@ -131,8 +133,8 @@ def test_a_lora_is_merged_into_one_expert(folder, tiny_wan22, tmp_path):
     launch.train(load_config(folder.config, ["model.expert=low", "stage=[{name='motion', steps=1, mix={motion=1}}]"]))
     adapter = runs.newest_lora(folder.path / "runs")
     with pytest.raises(UserError, match=r"two transformers; name one of them: .*high_noise_model or .*low_noise_model"):
-        merge_lora.merge(tiny_wan22, [(adapter, 1.0)], tmp_path / "merged")
-    merge_lora.merge(tiny_wan22 / "low_noise_model", [(adapter, 1.0)], tmp_path / "merged")
+        merge.merge(tiny_wan22, [(adapter, 1.0)], tmp_path / "merged")
+    merge.merge(tiny_wan22 / "low_noise_model", [(adapter, 1.0)], tmp_path / "merged")
     merged = WanCheckpoint.open(tiny_wan22, transformer_path=tmp_path / "merged", expert="low")
     assert merged.config == tiny_config("wan2.2")
     assert len(merged.transformer_tensors()) == 123

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from models.parking import park, sizes, unpark
-from tests.loraedit_ext.test_streaming import CPU, STORAGES, build, inputs_of, ring_of, run
+from tests.loraedit_ext.training.test_streaming import CPU, STORAGES, build, inputs_of, ring_of, run
 
 
 class Moves(TorchFunctionMode):

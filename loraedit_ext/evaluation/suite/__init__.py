@@ -1,0 +1,1 @@
+"""The benchmark: edits of procedural scenes whose truth is known."""
