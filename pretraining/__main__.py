@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -56,7 +57,18 @@ def recipe(out: Path, scale: float, size: int, device: str, compiled: bool, reco
     ]
 
 
-def run(commands: list[str], minutes: float | None, processes: int) -> bool:
+def start(program: list[str]) -> None:
+    """Run a program to its end.
+
+    Raises:
+        subprocess.CalledProcessError: it fails.
+    """
+    subprocess.run(with_parent.command(program), check=True)
+
+
+def run(
+    commands: list[str], minutes: float | None, processes: int, start: Callable[[list[str]], None] = start
+) -> bool:
     """Run them in order, the long ones on so many processes each; False if the time was up before the last."""
     end = math.inf if minutes is None else time.monotonic() + 60 * minutes
     for words in map(shlex.split, commands):
@@ -69,7 +81,7 @@ def run(commands: list[str], minutes: float | None, processes: int) -> bool:
             launcher = [*_LAUNCHER, str(processes), "-m", "--"] if processes > 1 else []
         program = [sys.executable, "-m", *launcher, f"pretraining.{words[0]}", *words[1:]]
         print("\n$", shlex.join(["python", *program[1:]]), flush=True)
-        subprocess.run(with_parent.command(program), check=True)
+        start(program)
     return True
 
 

@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([
     "train", "inference", "loraedit_ext.training.trainer", "loraedit_ext.editing.editor", "peft", "torch._dynamo",
+    "diffusers.models.autoencoders.autoencoder_kl_wan", "transformers.models.clip.modeling_clip",
+    "transformers.models.umt5.modeling_umt5", "torch.utils.tensorboard",
 ])  # fmt: skip
 
 

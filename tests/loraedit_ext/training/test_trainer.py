@@ -419,7 +419,7 @@ def test_the_plan_says_from_which_step_a_run_goes_on_and_what_it_will_write(edit
     train(edit_folder, "resume_from_checkpoint=true", "stage.1.steps=4")
     out = capsys.readouterr().out
     assert f"resumes   {run / 'global_step6'}, at step 6: steps left: 1" in out
-    assert f"writes    {run}: step7/ and global_step7/, latest, config.json, tracking.jsonl, tensorboard events" in out
+    assert f"writes    {run}: step7/ and global_step7/, latest, config.json, metrics.jsonl, tensorboard events" in out
 
 
 def test_a_warm_up_that_the_run_does_not_reach_the_end_of_is_told(edit_folder, capsys):
