@@ -81,16 +81,15 @@ def test_an_edit_whose_passes_two_processes_share_is_that_of_one(edit_folder):
     launch(edit_folder)
     overrides = ["edit.output=png", "edit.guidance=3", "edit.source_guidance=2", "edit.clip_frames=5", "edit.steps=3"]
     made = {}
-    for launcher, processes in (("", 1), ("torchrun", 2), ("deepspeed", 2)):
-        out = edit_folder.path / f"out{processes}{launcher}"
+    for launcher, processes in (("", 1), ("deepspeed", 2)):
+        out = edit_folder.path / f"out{processes}"
         done = launch(edit_folder, *overrides, "--out", str(out), processes=processes, launcher=launcher, verb="inference")
         made[launcher] = np.stack([read_image(path) for path in sorted((out / "edited").glob("*.png"))])
         assert done.stdout.count("editing   ") == 1, "one process speaks"
         assert ("x 3 pass(es) on 2 devices" in done.stdout) == (processes == 2)
     assert len(made[""]) == 9
-    assert (made["torchrun"] == made[""]).all()
     assert (made["deepspeed"] == made[""]).all()
-    assert len(list(edit_folder.path.glob("out*"))) == 3
+    assert len(list(edit_folder.path.glob("out*"))) == 2
 
 
 @pytest.mark.slow
