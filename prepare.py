@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from loraedit_ext import cli
 from loraedit_ext.family import Family
+
+if TYPE_CHECKING:
+    from loraedit_ext.prepare.request import Request
 
 DESCRIPTION = (
     "Make an edit job of a video. Without --edited it writes the frame to edit; with it, it finds what was edited, follows "
@@ -22,18 +25,27 @@ _CLICKS = ("clicks", "background")
 def main(arguments: list[str] | None = None) -> int:
     """Parse, build, run."""
     options = _parser().parse_args(arguments)
-    traceback = options.traceback
 
     def run() -> None:
         from loraedit_ext.prepare.job import prepare
-        from loraedit_ext.prepare.request import Request, by_frame, grouped
+        from loraedit_ext.prepare.page import serve
 
-        given = {name: value for name, value in vars(options).items() if value is not None and name != "traceback"}
-        given |= {name: by_frame(flag, given[name]) for name, flag in _BY_FRAME.items() if name in given}
-        given |= {name: grouped(given[name]) for name in _CLICKS if name in given}
-        print("\n".join(prepare(Request(**given))))
+        request = _request(options)
+        if options.page is None:
+            print("\n".join(prepare(request)))
+        else:
+            serve(request, options.page)
 
-    return cli.guarded(run, traceback)
+    return cli.guarded(run, options.traceback)
+
+
+def _request(options: argparse.Namespace) -> Request:
+    from loraedit_ext.prepare.request import Request, by_frame, grouped
+
+    given = {name: value for name, value in vars(options).items() if value is not None and name not in ("page", "traceback")}
+    given |= {name: by_frame(flag, given[name]) for name, flag in _BY_FRAME.items() if name in given}
+    given |= {name: grouped(given[name]) for name in _CLICKS if name in given}
+    return Request(**given)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,6 +93,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=get_args(Family), help="the model's family, for edit.toml (default: wan)")
     parser.add_argument(
         "--overwrite", action="store_true", default=None, help="replace masks and frames that were changed by hand, too",
+    )
+    parser.add_argument(
+        "--page", type=int, nargs="?", const=8860, metavar="PORT",
+        help="draw regions and clicks, bring edited pictures and mend masks in a browser, on this machine's port 8860 or PORT",
     )
     parser.add_argument("--traceback", action="store_true", help="show the traceback of a user error")
     return parser

@@ -130,6 +130,7 @@ def test_the_command_line_gains_no_flags():
         "--sam", "--click", "--not",  # what follows the region, and where the object is
         "--captioner",  # what writes the captions that are not given
         "--ckpt", "--model",  # the lines of edit.toml that have no default
+        "--page",  # draws all that in a browser
     }
     assert flags["inference.py"] == {
         "--help", "--config", "--traceback", "--lora", "--out",

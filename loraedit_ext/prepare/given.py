@@ -79,7 +79,7 @@ def read_given(request: Request, clip: Video) -> Given:
         with errors.catch():
             _check_frame(f"edited picture of frame {frame}", frame, clip)
             picture = read_image(path)
-            edited[frame] = _at_source_size(path, picture, clip)
+            edited[frame] = at_source_size(path, picture, clip)
             if edited[frame] is not picture:
                 told.append(f"{path.name}: scaled from {picture.shape[1]}x{picture.shape[0]} to {clip.size[0]}x{clip.size[1]}")
             if (off := alignment.slip(clip.frames[frame], edited[frame])) is not None:
@@ -108,8 +108,12 @@ def _check_pixel(what: str, frame: int, pixel: Point, clip: Video) -> None:
                         f"from 0 to {height - 1}, counted from the left and the top.")  # fmt: skip
 
 
-def _at_source_size(path: Path, picture: np.ndarray, clip: Video) -> np.ndarray:
-    """Image models give a picture back at a size of their own."""
+def at_source_size(path: Path, picture: np.ndarray, clip: Video) -> np.ndarray:
+    """An edited picture at the source's size: image models give it back at one of their own.
+
+    Raises:
+        UserError: it has another aspect.
+    """
     size = (picture.shape[1], picture.shape[0])
     if not alike(size, clip.size):
         raise UserError(f"{path}: is {size[0]}x{size[1]}, expected {clip.size[0]}x{clip.size[1]} as {clip.path.name}, or the "

@@ -194,7 +194,8 @@ def _aligned_name(frame: int) -> str:
     return f"aligned_{frame:05d}.png"
 
 
-def _mask_name(source_frame: int) -> str:
+def mask_name(source_frame: int) -> str:
+    """The mask of a frame of the source, in the job's folder."""
     return f"{MASK}/{source_frame:05d}.png"
 
 
@@ -204,13 +205,13 @@ def _masks_by_hand(request: Request, folder: JobFolder, clip: Video) -> dict[int
     Raises:
         UserError: one of them does not fit the source, or the folder holds a picture that is none of its masks.
     """
-    expected = {_mask_name(index) for index in range(clip.total)}
+    expected = {mask_name(index) for index in range(clip.total)}
     for path in sorted((folder.path / MASK).glob("*")):
         name = f"{MASK}/{path.name}"
         if path.suffix.lower() in SUFFIXES and name not in expected and not folder.is_ours(name):
             raise UserError(f"{path}: is no mask of {clip.path.name}, which has {clip.total} frames; expected 00000.png to "
                             f"{clip.total - 1:05d}.png. Move it out of the folder.")  # fmt: skip
-    names = {frame: _mask_name(request.in_source(frame)) for frame in range(len(clip.frames))}
+    names = {frame: mask_name(request.in_source(frame)) for frame in range(len(clip.frames))}
     return {frame: read_grey(folder.path / name, clip) for frame, name in names.items() if folder.keeps(name)}
 
 
@@ -234,7 +235,7 @@ def _write_masks(request: Request, folder: JobFolder, clip: Video, grey: np.ndar
     black = np.zeros_like(grey[0])
     used = {request.in_source(frame): mask for frame, mask in enumerate(grey)}
     for index in stepping(range(clip.total), f"writing {MASK}"):
-        folder.write_png(_mask_name(index), used.get(index, black))
+        folder.write_png(mask_name(index), used.get(index, black))
     for path in (folder.path / MASK).glob("*"):
         name = f"{MASK}/{path.name}"
         if folder.is_ours(name) and int(path.stem) >= clip.total:

@@ -12,6 +12,8 @@ from dataset.resize import Box
 from loraedit_ext.family import Family
 
 MARGIN = 0.1
+_PLAIN = ("sam", "margin", "start", "every", "frames", "caption", "edited_caption", "captioner", "model", "ckpt")
+"""Fields that a flag of their name gives once."""
 Point = tuple[int, int]
 """x and y of a pixel, from the left and from the top."""
 T = TypeVar("T")
@@ -66,6 +68,24 @@ class Request:
         """The source's frame that is `frame` of the clip."""
         return self.start + frame * self.every
 
+    def arguments(self) -> list[str]:
+        """The call as it is typed behind `prepare.py`."""
+        by_frame = [
+            *(("--edited", frame, path) for frame, path in sorted(self.edited.items())),
+            *(("--painted", frame, path) for frame, path in sorted(self.painted.items())),
+            *(("--box", frame, numbers(box)) for frame, box in sorted(self.boxes.items())),
+            *(("--click", frame, numbers(pixel)) for frame, pixels in sorted(self.clicks.items()) for pixel in pixels),
+            *(("--not", frame, numbers(pixel)) for frame, pixels in sorted(self.background.items()) for pixel in pixels),
+        ]
+        words = ["--source", str(self.source), "--out", str(self.out)]
+        words += [word for flag, frame, value in by_frame for word in (flag, f"{frame}:{value}")]
+        words += [word for frame in self.pictures for word in ("--frame", str(frame))]
+        for name in _PLAIN:
+            value = getattr(self, name)
+            if value is not None and value != getattr(type(self), name):
+                words += [f"--{name}", str(value)]
+        return [*words, "--overwrite"] if self.overwrite else words
+
     def check(self) -> None:
         """What can be told before the source is read.
 
@@ -83,6 +103,11 @@ class Request:
             errors.add("--click, --not: say to SAM 2 where the object is, and there is no --sam. Add --sam FOLDER, or give the "
                        "region with --box or --painted.")  # fmt: skip
         errors.raise_if_any()
+
+
+def numbers(values: Iterable[int]) -> str:
+    """A box or a pixel as its flag has it."""
+    return ",".join(map(str, values))
 
 
 def grouped(pairs: Iterable[tuple[int, T]]) -> dict[int, tuple[T, ...]]:
