@@ -92,7 +92,8 @@ def browser(folder) -> Iterator[Browser]:
 
 def layer(shape: np.ndarray) -> bytes:
     """What a canvas sends: white paint on nothing."""
-    return cv2.imencode(".png", np.dstack([np.full((*shape.shape, 3), 255, np.uint8), shape.astype(np.uint8) * 255]))[1].tobytes()
+    white = np.full((*shape.shape, 3), 255, np.uint8)
+    return cv2.imencode(".png", np.dstack([white, shape.astype(np.uint8) * 255]))[1].tobytes()
 
 
 def square(top: int, left: int, size: int) -> np.ndarray:
@@ -141,13 +142,13 @@ def test_a_drawn_job_is_that_of_the_command_line(browser, folder):
 def test_the_call_as_typed_is_the_request(folder):
     """Every field, each with another value than its default."""
     request = Request(
-        Path("a clip.mp4"), Path("job"), edited={0: Path("e.png"), 8: Path("f:1.png")}, pictures=(4, 8), boxes={4: (1, 2, 3, 4)},
-        painted={8: Path("p.png")}, sam=Path("sam"), clicks={0: ((1, 2), (3, 4)), 4: ((5, 6),)}, background={0: ((7, 8),)},
-        margin=0.25, start=3, every=2, frames=13, caption="a b", edited_caption="c", captioner=Path("vlm"), model="hunyuan-video",
-        ckpt=Path("weights"), overwrite=True,
+        Path("a clip.mp4"), Path("job"), edited={0: Path("e.png"), 8: Path("f:1.png")}, pictures=(4, 8),
+        boxes={4: (1, 2, 3, 4)}, painted={8: Path("p.png")}, sam=Path("sam"), clicks={0: ((1, 2), (3, 4)), 4: ((5, 6),)},
+        background={0: ((7, 8),)}, margin=0.25, start=3, every=2, frames=13, caption="a b", edited_caption="c",
+        captioner=Path("vlm"), model="hunyuan-video", ckpt=Path("weights"), overwrite=True,
     )  # fmt: skip
     plain = Request(request.source, request.out)
-    assert not [name for name in vars(plain) if name not in ("source", "out") and getattr(plain, name) == getattr(request, name)]
+    assert {name for name in vars(plain) if getattr(plain, name) == getattr(request, name)} == {"source", "out"}
     for asked in (request, plain):
         read = verb._request(verb._parser().parse_args(asked.arguments()))
         assert replace(read, pictures=tuple(read.pictures)) == asked
