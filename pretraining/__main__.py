@@ -57,7 +57,7 @@ def recipe(out: Path, scale: float, size: int, device: str, compiled: bool, reco
     ]
 
 
-def start(program: list[str]) -> None:
+def run_program(program: list[str]) -> None:
     """Run a program to its end.
 
     Raises:
@@ -67,7 +67,7 @@ def start(program: list[str]) -> None:
 
 
 def run(
-    commands: list[str], minutes: float | None, processes: int, start: Callable[[list[str]], None] = start
+    commands: list[str], minutes: float | None, processes: int, start: Callable[[list[str]], None] = run_program
 ) -> bool:
     """Run them in order, the long ones on so many processes each; False if the time was up before the last."""
     end = math.inf if minutes is None else time.monotonic() + 60 * minutes

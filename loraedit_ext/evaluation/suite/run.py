@@ -27,10 +27,7 @@ from dataset.images import write_png
 from dataset.video import read_video
 from dataset.video_writer import write_lossless
 from loraedit_ext.config import RunConfig
-from loraedit_ext.evaluation.suite import methods as suite_methods
-from loraedit_ext.evaluation.suite import page as suite_page
-from loraedit_ext.evaluation.suite import report
-from loraedit_ext.evaluation.suite import tasks as suite_tasks
+from loraedit_ext.evaluation.suite import methods, page, report, tasks
 from loraedit_ext.evaluation.suite.claims import Results, claims
 from loraedit_ext.evaluation.suite.methods import METHODS, Method
 from loraedit_ext.evaluation.suite.scores import scores
@@ -83,7 +80,7 @@ def run_suite(overrides: Iterable[str], quick: bool = False, out: Path | None = 
         cells = _there(cells, out)
     else:
         run_missing(cells, settings, out)
-    results = Results(suite_tasks.chosen(settings.tasks), records_of(cells, read_records(out)))
+    results = Results(tasks.chosen(settings.tasks), records_of(cells, read_records(out)))
     _report(results, cells, settings, rest, out)
     return results
 
@@ -115,21 +112,21 @@ def _cells(settings: SuiteSettings, overrides: Sequence[str], out: Path) -> Iter
     # The model card may change without changing the model.
     identity = hash_json({str(file.relative_to(checkpoint)): hash_file(file) for file in sorted(checkpoint.rglob("*"))
                           if file.is_file() and file.suffix != ".md"})  # fmt: skip
-    for task in suite_tasks.chosen(settings.tasks):
+    for task in tasks.chosen(settings.tasks):
         folder = out / "tasks" / task.name
-        pixels = suite_tasks.write(task, folder)
-        path = suite_methods.write_config(folder, checkpoint)
+        pixels = tasks.write(task, folder)
+        path = methods.write_config(folder, checkpoint)
         for method in (method for key, method in METHODS.items() if key in settings.methods):
             # What draws no random number needs no second seed.
             for seed in settings.seeds if method.learned else settings.seeds[:1]:
-                config = suite_methods.config_of(path, method, seed, settings.budget, overrides)
+                config = methods.config_of(path, method, seed, settings.budget, overrides)
                 yield Cell(task, method, seed, config, _key(task, pixels, method, config, identity))
 
 
 def _key(task: SuiteTask, pixels: str, method: Method, config: RunConfig, checkpoint: str) -> str:
     facts = {"format": FORMAT, "task": asdict(task), "pixels": pixels,
-             "settings": suite_methods.settings_of(method, config)}  # fmt: skip
-    if method.key not in suite_methods.PASTES:
+             "settings": methods.settings_of(method, config)}  # fmt: skip
+    if method.key not in methods.PASTES:
         facts["checkpoint"] = checkpoint
     return hash_json(facts)
 
@@ -204,26 +201,26 @@ def run_unit(unit: Unit) -> str:
     logging.basicConfig(level=logging.ERROR)
     first = unit.cells[0]
     folder = first.config.dataset.parent
-    suite_methods.forget_runs(folder, first.seed)
+    methods.forget_runs(folder, first.seed)
     media = TaskMedia(first.task)
     started = time.perf_counter()
     with open(folder / f"log-{first.seed}.txt", "a", encoding="utf-8") as log, redirect_stdout(log), \
             redirect_stderr(log):  # fmt: skip
         for cell in unit.cells:
-            result = suite_methods.run(cell.method, media, cell.config)
+            result = methods.run(cell.method, media, cell.config)
             if unit.keep_video:
                 write_lossless(video_path(unit.out, cell.key), result.video, Fraction(8))
             _append(unit.out, record_of(cell, result, media))
-    suite_methods.forget_runs(folder, first.seed)
+    methods.forget_runs(folder, first.seed)
     return f"{first.task.name} seed {first.seed}: {len(unit.cells)} methods, {time.perf_counter() - started:.0f} s"
 
 
-def record_of(cell: Cell, result: suite_methods.Result, media: TaskMedia) -> Record:
+def record_of(cell: Cell, result: methods.Result, media: TaskMedia) -> Record:
     """A line of the results file."""
     found = {name: _json_number(value) for name, value in scores(result.video, media).items()}
     return {
         "key": cell.key, "task": cell.task.name, "method": cell.method.key, "seed": cell.seed, "steps": result.steps,
-        "seconds": result.seconds, "scores": found, "settings": suite_methods.settings_of(cell.method, cell.config),
+        "seconds": result.seconds, "scores": found, "settings": methods.settings_of(cell.method, cell.config),
     }  # fmt: skip
 
 
@@ -290,15 +287,15 @@ def _report(
     write_text_atomic(out / TABLE, text)
     shown, videos = videos_of(results.tasks, cells, settings.seeds[0], out)
     write_png(out / SHEET, report.contact_sheet(results.tasks, shown, videos))
-    page = suite_page.write_page(out, results, found, facts, shown, videos)
+    html = page.write_page(out, results, found, facts, shown, videos)
     for line in ("", *report.main_table(results), "", *report.claims_table(found), ""):
         print(line)
-    for path in (out / TABLE, out / SHEET, page):
+    for path in (out / TABLE, out / SHEET, html):
         print(f"wrote     {path}", flush=True)
 
 
 def videos_of(
-    tasks: Sequence[SuiteTask], cells: Iterable[Cell], seed: int, out: Path
+    shown: Sequence[SuiteTask], cells: Iterable[Cell], seed: int, out: Path
 ) -> tuple[list[str], dict[tuple[str, str], np.ndarray]]:
     """What is there to be seen of a seed.
 
@@ -306,16 +303,16 @@ def videos_of(
         The columns, source, truth and methods; and uint8 (F, H, W, 3) by task name and column.
     """
     videos: dict[tuple[str, str], np.ndarray] = {}
-    for task in tasks:
+    for task in shown:
         media = TaskMedia(task)
         videos[task.name, "source"], videos[task.name, "truth"] = media.source, media.truth
-    methods: dict[str, None] = {}
+    columns = dict.fromkeys(["source", "truth"])
     for cell in cells:
         path = video_path(out, cell.key)
         if cell.seed == seed and cell.method.key != "source" and path.is_file():
             videos[cell.task.name, cell.method.key] = read_video(path).frames
-            methods[cell.method.key] = None
-    return ["source", "truth", *methods], videos
+            columns[cell.method.key] = None
+    return list(columns), videos
 
 
 class _Progress:

@@ -26,8 +26,7 @@ from dataset.images import read_image
 from dataset.video import read_video
 from loraedit_ext.config import load_config
 from loraedit_ext.evaluation import metrics
-from loraedit_ext.evaluation.suite import baselines, report, tasks
-from loraedit_ext.evaluation.suite import page as suite_page
+from loraedit_ext.evaluation.suite import baselines, page, report, tasks
 from loraedit_ext.evaluation.suite import run as suite
 from loraedit_ext.evaluation.suite.claims import Claim, Results, claims
 from loraedit_ext.evaluation.suite.methods import (
@@ -354,11 +353,11 @@ const before = other(), heading = document.querySelectorAll("#mean-table th butt
 for (let turn = 0; turn < 2; turn++) { heading.click(); found.push(order()); }
 document.body.dataset.found = JSON.stringify([...found, String(before === other())]);
 </script>"""
-    page = tmp_path / "page.html"
-    page.write_text((done[0] / "results.html").read_text().replace("</body>", clicks + "</body>"))
+    html_file = tmp_path / "page.html"
+    html_file.write_text((done[0] / "results.html").read_text().replace("</body>", clicks + "</body>"))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking",
              "--no-first-run", "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}"]  # fmt: skip
-    dom = subprocess.run([browser, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=300,
+    dom = subprocess.run([browser, *flags, "--dump-dom", html_file.as_uri()], capture_output=True, text=True, timeout=300,
                          check=True).stdout  # fmt: skip
     rising, falling, alone = json.loads(html.unescape(re.search(r'data-found="([^"]*)"', dom)[1]))
     values = [float(text) for text in rising.split(",")]
@@ -371,7 +370,7 @@ document.body.dataset.found = JSON.stringify([...found, String(before === other(
 
 def test_what_was_not_run_is_grey_on_the_page() -> None:
     video = np.zeros((3, 4, 6, 3), np.uint8)
-    film = suite_page.side_by_side([video, None], (4, 6))
+    film = page.side_by_side([video, None], (4, 6))
     step = 6 + report.MARGIN
     assert film.shape == (3, 4, 2 * step, 3)
     assert (film[:, :, :6] == 0).all()
