@@ -205,29 +205,30 @@ def test_kept_attention_trains_the_same(edit_folder):
     assert edit_folder.losses(0) == edit_folder.losses(1)
 
 
-@pytest.fixture
-def traced_only(monkeypatch):
-    """torch.compile traces and differentiates as always; the C++ compiler, which takes half a minute, is left out."""
+def traced(monkeypatch, backend: str) -> list:
+    """What is compiled from now on, by torch.compile without the C++ compiler, which takes half a minute."""
     calls = []
     real = torch.compile
 
-    def traced(function, **given):
+    def compiled(function, **given):
         calls.append(function)
-        return real(function, backend="aot_eager", **given)
+        return real(function, backend=backend, **given)
 
-    monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr(torch, "compile", compiled)
     return calls
 
 
 @pytest.mark.parametrize("name", ["Wan", "HunyuanVideo, single"])
-def test_compiled_pieces_compute_the_same(monkeypatch, traced_only, name):
+def test_compiled_pieces_compute_the_same(monkeypatch, name):
+    """Traced and differentiated as always."""
     monkeypatch.setattr(blocks, "PIECE", 30)
+    calls = traced(monkeypatch, "aot_eager")
     part = subject(name)
     expected, kept = gradients(part, recomputed), gradients(part, PLAIN)
     with torch.no_grad():
         sampled = part.block(part.x, part.at)
     part.block.compile_pieces()
-    assert len(traced_only) == 4
+    assert len(calls) == 4
     agree(gradients(part, recomputed), expected, 1e-5)
     agree(gradients(part, PLAIN), kept, 1e-5)
     with torch.no_grad():
@@ -238,8 +239,7 @@ def test_compiled_pieces_compute_the_same(monkeypatch, traced_only, name):
 def test_programs_serve_clips_of_any_length(monkeypatch, name):
     """Whole graphs, few enough that torch does not give up and run the rest without them."""
     monkeypatch.setattr(blocks, "PIECE", 30)
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **given: real(function, backend="eager", **given))
+    traced(monkeypatch, "eager")
     torch._dynamo.reset()
     counters.clear()
     compiled = subject(name).block
@@ -256,14 +256,15 @@ def test_programs_serve_clips_of_any_length(monkeypatch, name):
     torch._dynamo.reset()
 
 
-def test_a_compiled_run_is_that_without(edit_folder, traced_only, monkeypatch):
+def test_a_compiled_run_is_that_without(edit_folder, monkeypatch):
     """With 8-bit weights that are upcast for several pieces."""
     monkeypatch.setattr(blocks, "PIECE", 30)
+    calls = traced(monkeypatch, "eager")
     for values in ([], ["compile=true", "model.transformer_dtype=float8"], ["model.transformer_dtype=float8"]):
         launch.train(load_config(edit_folder.config, values))
     assert edit_folder.losses(1) == pytest.approx(edit_folder.losses(2), rel=1e-6)
     assert edit_folder.losses(0) != edit_folder.losses(1)
-    assert len(traced_only) == 1 + 4 * 4  # blocks
+    assert len(calls) == 1 + 4 * 4  # blocks
 
 
 def test_a_machine_that_cannot_compile_is_told_at_once(monkeypatch):
