@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import cv2
 import numpy as np
@@ -19,13 +19,18 @@ from common.files import make_folder, write_atomic
 from dataset.images import read_image, write_png
 from dataset.resize import Box
 from loraedit_ext.prepare.folder import JobFolder
-from loraedit_ext.prepare.given import at_source_size, read_clip, read_grey
+from loraedit_ext.prepare.given import at_source_size, read_clip, read_given, read_grey
 from loraedit_ext.prepare.job import mask_name, prepare
+from loraedit_ext.prepare.prompts import prompts_of
 from loraedit_ext.prepare.request import Point, Request
 from loraedit_ext.prepare.tomls import MASK
 
+if TYPE_CHECKING:
+    from loraedit_ext.prepare.sam import Sam2
+
 Kind = Literal["edited", "painted"]
 """Pictures that a request names by frame."""
+_MARKS = ("boxes", "clicks", "background")
 _JPEG = (cv2.IMWRITE_JPEG_QUALITY, 92)
 
 
@@ -69,6 +74,7 @@ class Draft:
         self.request = request
         self._clip = read_clip(request)
         self._changing = Lock()
+        self._sam: Sam2 | None = None
 
     def facts(self) -> dict[str, Any]:
         """All that the page needs to begin with, and what of it has changed since."""
@@ -115,6 +121,23 @@ class Draft:
         """The mask of a frame, as a layer."""
         self._frame(frame)
         return _layer(read_grey(self._mask(frame), self._clip))
+
+    def outline(self, frame: int, drawn: Drawn) -> bytes:
+        """What SAM 2 takes for the object in a frame by the box and the clicks there, as a layer.
+
+        Raises:
+            UserError: there is no SAM 2, nothing is drawn there, or no object is found.
+        """
+        self._frame(frame)
+        marks = {name: {at: mark for at, mark in getattr(drawn, name).items() if at == frame and mark} for name in _MARKS}
+        asked = replace(self.request, edited={}, painted={}, **marks)
+        asked.check()
+        with self._changing:
+            prompts = prompts_of(asked, read_given(asked, self._clip).regions)
+            sam = self._loaded_sam()
+            if sam is None or frame not in prompts:
+                raise UserError(f"frame {frame}: needs --sam, and a box or a click on the object, to show its outline.")
+            return _layer(sam.outline(self._clip.frames, frame, prompts[frame]).astype(np.uint8) * 255)
 
     def put_edited(self, frame: int, name: str, data: bytes) -> None:
         """Take an edited picture, under its own name behind the frame's.
@@ -184,10 +207,19 @@ class Draft:
             typed = drawn.model_dump()
             for caption in ("caption", "edited_caption"):
                 typed[caption] = typed[caption].strip() or None
-            for marks in ("boxes", "clicks", "background"):
+            for marks in _MARKS:
                 typed[marks] = {frame: mark for frame, mark in typed[marks].items() if mark}
             self.request = replace(self.request, **typed)
-            return [*prepare(self.request), f"as typed  prepare.py {shlex.join(self.request.arguments())}"]
+            lines = prepare(self.request, self._loaded_sam())
+            return [*lines, f"as typed  prepare.py {shlex.join(self.request.arguments())}"]
+
+    def _loaded_sam(self) -> Sam2 | None:
+        """Loaded once: a large one takes seconds."""
+        if self._sam is None and self.request.sam is not None:
+            from loraedit_ext.prepare.sam import Sam2  # transformers takes seconds
+
+            self._sam = Sam2(self.request.sam)
+        return self._sam
 
     def _frame(self, frame: int) -> np.ndarray:
         if not 0 <= frame < len(self._clip.frames):

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -32,6 +32,9 @@ from loraedit_ext.prepare.regions import Region, filled, widened
 from loraedit_ext.prepare.request import Request
 from loraedit_ext.prepare.tomls import EDIT, JOB, MASK, job_toml, no_longer_there, plan_tomls
 from loraedit_ext.prepare.tracking import Track, track
+
+if TYPE_CHECKING:
+    from loraedit_ext.prepare.sam import Sam2
 
 FRAME, PREVIEW, SHEET = "frame.png", "preview.mp4", "preview.png"
 _CAPTIONS = {
@@ -58,8 +61,12 @@ _WORDS = {
 """By whether SAM 2 followed the region."""
 
 
-def prepare(request: Request) -> list[str]:
+def prepare(request: Request, sam: Sam2 | None = None) -> list[str]:
     """Write what can be written; returns what a person should know, a line each.
+
+    Args:
+        request: the call.
+        sam: its checkpoint, where that is loaded already.
 
     Raises:
         UserError: media that cannot be read or do not fit together, a region that cannot be found, a folder that cannot be
@@ -86,7 +93,7 @@ def prepare(request: Request) -> list[str]:
     request = replace(request, edited={**request.edited, **{frame: folder.path / name for frame, name in aligned.items()}})
     texts = plan_tomls(request, folder, len(clip.frames))
     by_hand = _masks_by_hand(request, folder, clip)
-    follow = _follower(request, clip, edited, keys)
+    follow = _follower(request, clip, edited, keys, sam)
     captions = _captions(request, clip, edited) if JOB in texts else {}
     if captions:
         texts[JOB] = job_toml(replace(request, **captions), len(clip.frames))
@@ -109,7 +116,7 @@ def prepare(request: Request) -> list[str]:
 
 
 def _follower(
-    request: Request, clip: Video, edited: Mapping[int, np.ndarray], keys: Mapping[int, Region]
+    request: Request, clip: Video, edited: Mapping[int, np.ndarray], keys: Mapping[int, Region], loaded: Sam2 | None
 ) -> Callable[[], Track]:
     """What follows the regions, ready to go: optical flow or SAM 2, whose prompts and weights are in order."""
     if request.sam is None:
@@ -117,7 +124,7 @@ def _follower(
     prompts = prompts_of(request, keys)
     from loraedit_ext.prepare.sam import Sam2  # transformers takes seconds
 
-    sam = Sam2(request.sam)
+    sam = loaded or Sam2(request.sam)
     found = keys.keys() - request.boxes.keys() - request.painted.keys()
     edits = {frame: filled(difference.changed(clip.frames[frame], edited[frame])) for frame in found}
     return lambda: track_of(sam.outlines(clip.frames, prompts), prompts, edits)

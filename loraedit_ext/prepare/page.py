@@ -113,6 +113,7 @@ _ACTIONS: dict[tuple[str, str], Callable[[Draft, int, _Handler], Reply]] = {
     ("DELETE", "edited"): _change(lambda draft, frame, call: draft.drop("edited", frame)),
     ("DELETE", "painted"): _change(lambda draft, frame, call: draft.drop("painted", frame)),
     ("DELETE", "mask"): _change(lambda draft, frame, call: draft.drop_mask(frame)),
+    ("POST", "outline"): lambda draft, frame, call: (_PNG, draft.outline(frame, Drawn.read(call.body()))),
     ("POST", "prepare"): _prepare,
 }
 """Method and first word of the path -> what is done; a frame of the clip may stand behind the word."""

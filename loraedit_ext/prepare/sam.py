@@ -78,6 +78,18 @@ class Sam2:
                 found[frame] = prompt.shape
         return found
 
+    def outline(self, frames: np.ndarray, frame: int, prompt: Prompt) -> np.ndarray:
+        """The object in one of the frames by its prompt alone, bool (H, W), as `outlines` has it there.
+
+        Raises:
+            UserError: no object is found where the prompt says.
+        """
+        session = self._session(frames)
+        self._tell(session, frame, prompt)
+        logits = self.model(session, frame_idx=frame).pred_masks
+        _check_found(frame, logits)
+        return _at_size(logits, frames.shape[1:3])
+
     def _session(self, frames: np.ndarray) -> Sam2VideoInferenceSession:
         """A clip of which the GPU holds a frame at a time, and its memory."""
         session = Sam2VideoInferenceSession(

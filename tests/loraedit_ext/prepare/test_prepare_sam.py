@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -26,6 +27,7 @@ from dataset.job import load_job
 from dataset.resize import Grid, box_around
 from dataset.video_writer import write_images
 from loraedit_ext.difference import changed
+from loraedit_ext.prepare.draft import Draft, Drawn
 from loraedit_ext.prepare.given import read_clip, read_given
 from loraedit_ext.prepare.job import _follower, prepare
 from loraedit_ext.prepare.outlines import track_of
@@ -281,7 +283,7 @@ def test_a_found_edit_is_held_and_followed_with_its_object(folder, tiny_sam, sam
     edit = changed(read.frames[0], edited[0])
     outlines = sam.outlines(read.frames, {0: Prompt(clicks=clicks[0]) if clicks else Prompt(box=box_around(edit))})
     assert (edit & ~outlines[0]).sum() > 20
-    tracked = _follower(request, read, edited, regions)()
+    tracked = _follower(request, read, edited, regions, None)()
     assert tracked.shapes[0][edit].all()
     assert np.array_equal(tracked.shapes, track_of(outlines, [0], {0: filled(edit)}).shapes)
 
@@ -392,3 +394,40 @@ def test_without_sam_its_model_is_not_loaded():
     code += "print([name for name in sys.modules if 'sam2_video' in name or name == 'loraedit_ext.prepare.sam'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def page_of(folder: Path, sam: Path | None) -> Draft:
+    return Draft(Request(folder / "source", folder / "job", sam=sam))
+
+
+def drawn(**marks) -> Drawn:
+    nothing = {"boxes": {}, "clicks": {}, "background": {}, "margin": 0.1, "caption": "", "edited_caption": ""}
+    return Drawn(**(nothing | marks))
+
+
+def test_the_page_shows_the_outline_of_a_frame_as_the_job_will_have_it(folder, tiny_sam, sam):
+    draft, clicks, background = page_of(folder, tiny_sam), {4: ((30, 20), (31, 21))}, {4: ((2, 3),), 2: ((70, 40),)}
+    told = drawn(clicks=clicks, background=background, boxes={2: (10, 8, 30, 20)})
+    for frame, prompt in ((4, Prompt(None, None, clicks[4], background[4])), (2, PROMPTS[2])):
+        shown = cv2.imdecode(np.frombuffer(draft.outline(frame, told), np.uint8), cv2.IMREAD_UNCHANGED)[..., 3] > 0
+        assert np.array_equal(shown, direct(sam, clip(9), {frame: prompt})[frame])
+        assert 0 < shown.mean() < 1
+    loaded = draft._sam
+    draft.prepare(told)
+    assert draft._sam is loaded
+    drawn_masks = masks_of(folder)
+    prepare(asked(folder, tiny_sam, clicks=clicks, background=background, boxes={2: (10, 8, 30, 20)}))
+    assert np.array_equal(masks_of(folder), drawn_masks)
+
+
+def test_an_outline_that_cannot_be_shown_is_told(folder, tiny_sam, copied):
+    with pytest.raises(UserError, match="frame 4: needs --sam, and a box or a click"):
+        page_of(folder, tiny_sam).outline(4, drawn(clicks={3: ((30, 20),)}))
+    with pytest.raises(UserError, match="frame 3: needs --sam, and a box or a click"):
+        page_of(folder, None).outline(3, drawn(boxes={3: (10, 8, 30, 20)}))
+    with pytest.raises(UserError, match="there is no --sam"):
+        page_of(folder, None).outline(3, drawn(clicks={3: ((30, 20),)}))
+    with pytest.raises(UserError, match="outside the picture"):
+        page_of(folder, tiny_sam).outline(3, drawn(clicks={3: ((300, 20),)}))
+    with pytest.raises(UserError, match="frame 3: SAM 2 finds no object"):
+        page_of(folder, blind(copied)).outline(3, drawn(clicks={3: ((30, 20),)}))
