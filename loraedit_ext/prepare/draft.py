@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import cv2
 import numpy as np
@@ -34,20 +34,13 @@ _MARKS = ("boxes", "clicks", "background")
 _JPEG = (cv2.IMWRITE_JPEG_QUALITY, 92)
 
 
-class Drawn(BaseModel):
-    """What is drawn and typed on the page; by frame of the clip, in the source's pixels."""
+class Sent(BaseModel):
+    """What the page sends as JSON."""
 
     model_config = ConfigDict(extra="forbid")
 
-    boxes: dict[int, Box]
-    clicks: dict[int, tuple[Point, ...]]
-    background: dict[int, tuple[Point, ...]]
-    margin: float
-    caption: str
-    edited_caption: str
-
     @classmethod
-    def read(cls, text: bytes) -> Drawn:
+    def read(cls, text: bytes) -> Self:
         """
         Raises:
             UserError: the text is something else.
@@ -56,6 +49,25 @@ class Drawn(BaseModel):
             return cls.model_validate_json(text)
         except ValidationError as error:
             raise UserError(f"the page sent what cannot be read ({first_line(error)}). Reload it.") from error
+
+
+class Cut(Sent):
+    """A part of the source, as in `Request`."""
+
+    start: int
+    every: int
+    frames: int | None
+
+
+class Drawn(Sent):
+    """What is drawn and typed on the page; by frame of the clip, in the source's pixels."""
+
+    boxes: dict[int, Box]
+    clicks: dict[int, tuple[Point, ...]]
+    background: dict[int, tuple[Point, ...]]
+    margin: float
+    caption: str
+    edited_caption: str
 
 
 class Draft:
@@ -83,6 +95,8 @@ class Draft:
             "source": clip.path.name,
             "out": str(request.out),
             "total": clip.total,
+            "every": request.every,
+            "length": request.frames,
             "frames": [request.in_source(frame) for frame in range(len(clip.frames))],
             "fps": float(clip.fps),
             "size": clip.size,
@@ -138,6 +152,17 @@ class Draft:
             if sam is None or frame not in prompts:
                 raise UserError(f"frame {frame}: needs --sam, and a box or a click on the object, to show its outline.")
             return _layer(sam.outline(self._clip.frames, frame, prompts[frame]).astype(np.uint8) * 255)
+
+    def take(self, cut: Cut) -> None:
+        """Take another part of the source. What was drawn in and brought for the one before is forgotten; files stay.
+
+        Raises:
+            UserError: the source has no such part; then all stays as it is.
+        """
+        fresh = replace(self.request, **dict(cut), edited={}, painted={}, boxes={}, clicks={}, background={}, pictures=())
+        fresh.check()
+        with self._changing:
+            self._clip, self.request = read_clip(fresh), fresh
 
     def put_edited(self, frame: int, name: str, data: bytes) -> None:
         """Take an edited picture, under its own name behind the frame's.

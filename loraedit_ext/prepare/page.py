@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 from common.errors import UserError
-from loraedit_ext.prepare.draft import Draft, Drawn
+from loraedit_ext.prepare.draft import Cut, Draft, Drawn
 from loraedit_ext.prepare.request import Request
 
 HOST = "127.0.0.1"
@@ -113,6 +113,7 @@ _ACTIONS: dict[tuple[str, str], Callable[[Draft, int, _Handler], Reply]] = {
     ("DELETE", "edited"): _change(lambda draft, frame, call: draft.drop("edited", frame)),
     ("DELETE", "painted"): _change(lambda draft, frame, call: draft.drop("painted", frame)),
     ("DELETE", "mask"): _change(lambda draft, frame, call: draft.drop_mask(frame)),
+    ("POST", "clip"): _change(lambda draft, frame, call: draft.take(Cut.read(call.body()))),
     ("POST", "outline"): lambda draft, frame, call: (_PNG, draft.outline(frame, Drawn.read(call.body()))),
     ("POST", "prepare"): _prepare,
 }

@@ -192,6 +192,25 @@ def test_an_edited_picture_can_be_replaced_and_removed(browser, folder):
     assert browser.facts("DELETE", "edited/0")["edited"] == {}
 
 
+def test_another_part_of_the_source_can_be_taken(browser, folder):
+    """What was drawn in and brought for the one before is gone, its files are not."""
+    browser.facts("PUT", "edited/0?name=one.png", (folder / "edited.png").read_bytes())
+    browser.facts("PUT", "painted/0", layer(square(16, 20, 22)))
+    browser.prepare(boxes={4: BOX})
+    for cut, frames in (({"start": 4, "every": 1, "frames": None}, [4, 5, 6, 7, 8]),
+                        ({"start": 0, "every": 2, "frames": 5}, [0, 2, 4, 6, 8])):  # fmt: skip
+        facts = browser.facts("POST", "clip", json.dumps(cut).encode())
+        assert (facts["frames"], facts["every"], facts["length"]) == (frames, cut["every"], cut["frames"])
+        assert not any(facts[given] for given in ("edited", "painted", "boxes"))
+    assert np.array_equal(browser.get("picture/3")[..., ::-1], read_image(folder / "source" / "00006.png"))
+    assert {"edited_00000_one.png", "painted_00000.png"} <= {path.name for path in (folder / "job").iterdir()}
+    assert "expected at least 9" in browser.refused("POST", "clip", b'{"start": 4, "every": 1, "frames": 9}')
+    assert "--every 0: must be 1 or more" in browser.refused("POST", "clip", b'{"start": 0, "every": 0, "frames": 5}')
+    assert browser.facts() == facts
+    browser.prepare(boxes={0: BOX})
+    assert "every = 2" in (folder / "job" / "job.toml").read_text()
+
+
 def test_what_cannot_be_is_told_and_changes_nothing(browser, folder):
     before = browser.facts()
     write_png(folder / "tall.png", np.zeros((96, 64, 3), np.uint8))
@@ -256,5 +275,5 @@ def test_the_script_draws_in_a_browser(browser, tmp_path):
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}",
              "--virtual-time-budget=5000", "--dump-dom"]  # fmt: skip
     done = subprocess.run([program, *flags, browser.server.address], capture_output=True, text=True, timeout=300, check=True)
-    assert "9 of 9 frames from 0 on, 96×64" in done.stdout
+    assert "9 of 9 frames, 16 a second, 96×64" in done.stdout
     assert 'width="96" height="64"' in done.stdout
