@@ -376,8 +376,9 @@ def test_weighted_training_reports_both_losses_and_differs_from_plain(
     weights = weighted.channel_weights
     assert weights.shape == (1, 16, 1, 1, 1)
     assert weights.mean().item() == pytest.approx(1)
-    assert weighted.evaluate(final=True)["validation"] == plain.evaluate(final=True)["validation"]
-    assert set(weighted.evaluate(final=True)) == {"validation", "weighted"}
+    found = weighted.evaluate(final=True)
+    assert found.keys() == {"validation", "weighted"}
+    assert found["validation"] == plain.evaluate(final=True)["validation"]
     assert weighted.train_step()["loss"] != plain.train_step()["loss"]
 
 
@@ -432,7 +433,7 @@ def test_a_stretched_schedule_ends_with_the_time(pool: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=clock))
     monkeypatch.setattr(loop, "_PACE_KNOWN", 3)
-    training = transformer.TransformerTraining(replace(options(pool, tmp_path, 1_000_000), minutes=0.2, stretch=True, batch=1))
+    training = transformer.TransformerTraining(replace(options(pool, tmp_path, 1_000_000), minutes=0.1, stretch=True, batch=1))
     rates: list[float] = []
     learn = training.learn
 
@@ -444,7 +445,7 @@ def test_a_stretched_schedule_ends_with_the_time(pool: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(training, "learn", timed)
     loop.run(training)
-    assert len(rates) == training.step == pytest.approx(40, abs=2)
+    assert len(rates) == training.step == pytest.approx(20, abs=2)
     assert training.planned == pytest.approx(training.step, abs=2)
     assert max(rates[: len(rates) // 2]) > 10 * rates[-1]
     with pytest.raises(UserError, match="--minutes"):
