@@ -202,11 +202,9 @@ def scaled(image: np.ndarray, size: Size) -> np.ndarray:
 
 def _footprint_max(mask: np.ndarray, axis: int, length: int) -> np.ndarray:
     """Maximum along `axis` over all source pixels that touch each of `length` target pixels."""
-    source = mask.shape[axis]
-    cells = np.arange(length)
-    begin = cells * source // length
-    end = -(-(cells + 1) * source // length)
-    # reduceat reduces [begin, end) for each pair; an end at the border needs one more (black) pixel.
-    padded = np.concatenate([mask, np.zeros_like(np.take(mask, [0], axis))], axis)
-    pairs = np.stack([begin, end], 1).reshape(-1)
-    return np.take(np.maximum.reduceat(padded, pairs, axis), np.arange(0, 2 * length, 2), axis)
+    source, cells = mask.shape[axis], np.arange(length)
+    first, last = cells * source // length, -(-(cells + 1) * source // length) - 1
+    found = np.take(mask, first, axis)
+    for step in range(1, int((last - first).max()) + 1):
+        np.maximum(found, np.take(mask, np.minimum(first + step, last), axis), out=found)
+    return found

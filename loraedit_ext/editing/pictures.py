@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 
 SHEET_FRAMES = 6
@@ -15,8 +16,11 @@ _MASK_COLOUR = (255, 0, 80)
 
 def overlaid(frames: np.ndarray, grey_mask: np.ndarray) -> np.ndarray:
     """The frames with a mask, uint8 (F, H, W) and white = edit, laid over them in red."""
-    grey = (grey_mask[..., None] / 255.0) * 0.5
-    return np.rint(frames * (1 - grey) + np.array(_MASK_COLOUR) * grey).astype(np.uint8)
+    shown, colour = np.empty_like(frames), np.full_like(frames[0], _MASK_COLOUR)
+    for index, (frame, grey) in enumerate(zip(frames, grey_mask, strict=True)):
+        share = grey * np.float32(0.5 / 255)
+        shown[index] = cv2.blendLinear(frame, colour, 1 - share, share)
+    return shown
 
 
 def side_by_side(videos: Sequence[np.ndarray]) -> np.ndarray:

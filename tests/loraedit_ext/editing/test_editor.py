@@ -188,6 +188,17 @@ def test_mp4_and_comparison_have_the_sources_frames_and_rate(trained):
     assert record["job"]["hashes"].keys() >= {"source", "mask"}
 
 
+def test_a_mask_is_laid_over_in_red_by_half_of_its_brightness():
+    """What it does not mark stays to the bit, as a person compares it with the source beside it."""
+    frames = np.random.default_rng(0).integers(0, 256, (2, 6, 4, 3)).astype(np.uint8)
+    mask = np.zeros((2, 6, 4), np.uint8)
+    mask[0, 2:4], mask[1, 4:] = 255, 102
+    shown = pictures.overlaid(frames, mask)
+    share = mask[..., None] / 510
+    assert np.array_equal(shown[mask == 0], frames[mask == 0])
+    assert np.abs(shown - (frames * (1 - share) + np.array([255, 0, 80]) * share)).max() <= 0.51
+
+
 def test_the_contact_sheet_shows_source_mask_and_result_from_first_to_last_frame():
     ramp = np.broadcast_to(np.arange(13, dtype=np.uint8)[:, None, None, None], (13, 4, 6, 3))
     sheet = pictures.contact_sheet([ramp, ramp + 100], count=4)
