@@ -491,8 +491,7 @@ def grey_levels(path: Path, pictures: np.ndarray) -> np.ndarray:
     """uint8 (F, H, W, 3) -> (F, H, W); coloured masks are refused, because colour has no meaning here."""
     grey = np.empty(pictures.shape[:3], np.uint8)
     for index, picture in enumerate(pictures):
-        red, green, blue = cv2.split(picture)
-        low, high = cv2.min(cv2.min(red, green), blue), cv2.max(cv2.max(red, green), blue)
+        low, high = images.channel_range(picture)
         if (high - low).max() > images.ONE_COLOUR:
             raise UserError(f"{path}: mask {index} is coloured, expected grey (white = edit).")
         grey[index] = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)

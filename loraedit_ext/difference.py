@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from dataset.images import channel_range
+
 LITTLE = 0.01
 """Share of what an edited picture changes that may be left out without a word."""
 LEAST = 20
@@ -23,7 +25,8 @@ _SIGMA = 1.5
 
 def distance(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """Grey levels by which two pictures, uint8 (H, W, 3), differ, without their compression noise; uint8 (H, W)."""
-    return cv2.absdiff(cv2.GaussianBlur(before, (0, 0), _SIGMA), cv2.GaussianBlur(after, (0, 0), _SIGMA)).max(2)
+    blurred = (cv2.GaussianBlur(picture, (0, 0), _SIGMA) for picture in (before, after))
+    return channel_range(cv2.absdiff(*blurred))[1]
 
 
 def changed(before: np.ndarray, after: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 
 from common.progress import stepping
+from dataset.images import channel_range
 from dataset.job import EditJob
 from dataset.original import at_source_size
 from dataset.resize import Size
@@ -100,8 +101,14 @@ def blended(kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray, feath
     Args:
         feather: width in pixels of the seam; at this distance from a preserved pixel only the generated one counts.
     """
-    weight = seam_weight(preserve, feather)[..., None]
-    return np.where(preserve[..., None], kept, to_bytes(kept * (1 - weight) + generated * weight))
+    out = kept.copy()
+    if preserve.all():
+        return out
+    window = _around(~preserve, 1)  # in it each pixel of the region has its nearest preserved one
+    weight = seam_weight(preserve[window], feather)[..., None]
+    mixed = to_bytes(out[window] * (1 - weight) + generated[window] * weight)
+    np.copyto(out[window], mixed, where=~preserve[window][..., None])
+    return out
 
 
 def to_bytes(picture: np.ndarray) -> np.ndarray:
@@ -139,7 +146,8 @@ def color_matched(kept: np.ndarray, generated: np.ndarray, preserve: np.ndarray,
     window = _around(~preserve, 2 * reach)
     known = preserve[window].astype(np.float32)
     off = kept[window].astype(np.float32) - out[window]
-    off *= (known / (1 + (np.abs(off).max(-1) / DRIFT) ** 2))[..., None]
+    _, furthest = channel_range(np.abs(off))
+    off *= (known / (1 + (furthest / DRIFT) ** 2))[..., None]
     share = _blurred(known, reach / 4)
     local = _blurred(off, reach / 4) / np.maximum(share, 1e-4)[..., None]
     overall = _common(local, known * (1 - share))
