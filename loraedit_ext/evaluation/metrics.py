@@ -80,7 +80,7 @@ def quality(video: np.ndarray, target: np.ndarray, region: np.ndarray | None = N
     squares, counts, largest = [], [], 0.0
     similarity, similar_pixels = 0.0, 0
     for a, b, mask in zip(video, target, region, strict=True):
-        difference = np.abs(a.astype(np.int16) - b)[mask]
+        difference = np.abs(a[mask].astype(np.int16) - b[mask])
         squares.append(float(np.square(difference, dtype=np.int32).sum(dtype=np.int64)))
         counts.append(difference.size)
         largest = max(largest, float(difference.max(initial=0)))
@@ -166,7 +166,7 @@ def seam(video: np.ndarray, source: np.ndarray, preserve: np.ndarray, ring: int 
     leak, steps, source_steps = RunningMean(), RunningMean(), RunningMean()
     for result, original, mask in zip(video, source, preserve, strict=True):
         near = mask & (cv2.dilate((~mask).astype(np.uint8), kernel) > 0)
-        leak.add(np.abs(result.astype(np.int16) - original)[near])
+        leak.add(np.abs(result[near].astype(np.int16) - original[near]))
         for axis in (0, 1):
             border = np.diff(mask, axis=axis)
             steps.add(np.abs(np.diff(result.astype(np.int16), axis=axis))[border])
@@ -188,8 +188,8 @@ def flicker(video: np.ndarray, region: np.ndarray | None = None) -> float:
     check(video, video, region)
     change = RunningMean()
     for t in range(len(video) - 1):
-        difference = np.abs(video[t + 1].astype(np.int16) - video[t])
-        change.add(difference[region[t] & region[t + 1]])
+        both = region[t] & region[t + 1]
+        change.add(np.abs(video[t + 1][both].astype(np.int16) - video[t][both]))
     return (PEAK - change.value) / PEAK
 
 

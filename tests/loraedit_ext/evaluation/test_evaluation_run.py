@@ -196,6 +196,7 @@ def test_a_record_that_is_none_is_told(folder, tmp_path, text, capsys):
     assert f"{tmp_path / 'edited.json'}: is not what inference.py writes" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("run_folder")
 def test_a_place_that_cannot_be_written_to_is_told_before_anything_is_judged(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "judge", None)
     (tmp_path / "file").touch()
