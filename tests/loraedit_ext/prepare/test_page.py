@@ -110,6 +110,7 @@ def test_frames_are_shown_and_saved_as_they_are(browser, folder):
     status, kind, body = browser.ask("GET", "")
     assert (status, kind) == (200, "text/html; charset=utf-8")
     assert b"<canvas" in body
+    assert b"http" not in body  # nothing is loaded from elsewhere
     facts = browser.facts()
     assert (facts["size"], facts["total"], facts["frames"]) == ([96, 64], 9, list(range(9)))
     truth = cv2.cvtColor(read_image(folder / "source" / "00003.png"), cv2.COLOR_RGB2BGR)
