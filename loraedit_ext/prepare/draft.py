@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.errors import UserError, first_line
 from common.files import make_folder, write_atomic
+from common.settings import read_toml
 from dataset.images import read_image, write_png
 from dataset.resize import Box
 from loraedit_ext.prepare.folder import JobFolder
@@ -23,13 +24,14 @@ from loraedit_ext.prepare.given import at_source_size, read_clip, read_given, re
 from loraedit_ext.prepare.job import mask_name, prepare
 from loraedit_ext.prepare.prompts import prompts_of
 from loraedit_ext.prepare.request import Point, Request
-from loraedit_ext.prepare.tomls import MASK
+from loraedit_ext.prepare.tomls import JOB, MASK
 
 if TYPE_CHECKING:
     from loraedit_ext.prepare.sam import Sam2
 
 Kind = Literal["edited", "painted"]
 """Pictures that a request names by frame."""
+_CAPTIONS = ("caption", "edited_caption")
 _MARKS = ("boxes", "clicks", "background")
 _JPEG = (cv2.IMWRITE_JPEG_QUALITY, 92)
 
@@ -230,13 +232,22 @@ class Draft:
         """
         with self._changing:
             typed = drawn.model_dump()
-            for caption in ("caption", "edited_caption"):
+            for caption in _CAPTIONS:
                 typed[caption] = typed[caption].strip() or None
             for marks in _MARKS:
                 typed[marks] = {frame: mark for frame, mark in typed[marks].items() if mark}
             self.request = replace(self.request, **typed)
             lines = prepare(self.request, self._loaded_sam())
+            if self.request.captioner is not None:
+                self._keep_captions()
             return [*lines, f"as typed  prepare.py {shlex.join(self.request.arguments())}"]
+
+    def _keep_captions(self) -> None:
+        """What the captioner wrote is shown and not asked for again."""
+        job = self.request.out / JOB
+        written = read_toml(job) if job.is_file() else {}
+        found = {name: written[name] for name in _CAPTIONS if not getattr(self.request, name) and name in written}
+        self.request = replace(self.request, **found)
 
     def _loaded_sam(self) -> Sam2 | None:
         """Loaded once: a large one takes seconds."""
