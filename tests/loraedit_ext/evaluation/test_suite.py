@@ -270,6 +270,12 @@ def done(tmp_path_factory: pytest.TempPathFactory, tiny_wan: Path) -> tuple[Path
     return out, suite.run_suite(overrides, out=out), overrides
 
 
+@pytest.fixture
+def copied(done: tuple[Path, Results, list[str]], tmp_path: Path) -> Path:
+    """Its folder, for tests that change what is in it."""
+    return Path(shutil.copytree(done[0], tmp_path / "suite"))
+
+
 def test_every_method_leaves_a_whole_line(done: tuple[Path, Results, list[str]]) -> None:
     found = {line["method"]: line for line in lines(done[0])}
     assert tuple(found) == DEFAULT_METHODS
@@ -385,10 +391,12 @@ def test_a_second_run_computes_nothing(done: tuple[Path, Results, list[str]], ca
     assert "13 results, 13 of them in" in capsys.readouterr().out
 
 
-def test_what_is_missing_is_computed_and_comes_out_the_same(done: tuple[Path, Results, list[str]]) -> None:
+def test_what_is_missing_is_computed_and_comes_out_the_same(
+    done: tuple[Path, Results, list[str]], copied: Path
+) -> None:
     """The appearance stage alone trains both stages in one go, the first run continued the motion stage: no matter.
     And an edit with source guidance needs its LoRA trained again."""
-    out, _, overrides = done
+    out, overrides = copied, done[2]
     whole = lines(out)
     gone = ("motion_guided", "appearance")
     kept = [line for line in whole if line["method"] not in gone]
@@ -401,9 +409,9 @@ def test_what_is_missing_is_computed_and_comes_out_the_same(done: tuple[Path, Re
 
 
 def test_only_what_a_setting_touches_is_computed_again(
-    done: tuple[Path, Results, list[str]], capsys: pytest.CaptureFixture
+    done: tuple[Path, Results, list[str]], copied: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    out, _, overrides = done
+    out, overrides = copied, done[2]
     wanted = 'suite.methods=["source", "no_lora", "naive", "vae"]'
     before = len(lines(out))
     suite.run_suite([*overrides, wanted, "optimizer.lr=1e-3"], out=out)
