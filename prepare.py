@@ -27,13 +27,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
 
     def run() -> None:
-        from loraedit_ext.prepare.job import prepare
-        from loraedit_ext.prepare.page import serve
-
         request = _request(options)
         if options.page is None:
+            from loraedit_ext.prepare.job import prepare
+
             print("\n".join(prepare(request)))
         else:
+            from loraedit_ext.prepare.page import serve
+
             serve(request, options.page)
 
     return cli.guarded(run, options.traceback)

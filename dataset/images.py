@@ -98,10 +98,16 @@ def channel_range(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def write_png(path: Path, image: np.ndarray) -> None:
     """Write uint8 (H, W, 3) RGB or (H, W) grey as PNG, atomically and without loss."""
+    data = as_png(image)
+    write_atomic(path, lambda partial: partial.write_bytes(data) and None)
+
+
+def as_png(image: np.ndarray) -> bytes:
+    """The bytes of that file."""
     pixels = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image
     ok, data = cv2.imencode(".png", pixels)
     assert ok, "PNG encodes every uint8 picture"
-    write_atomic(path, lambda partial: partial.write_bytes(data) and None)
+    return data.tobytes()
 
 
 def image_files(folder: Path) -> list[Path]:

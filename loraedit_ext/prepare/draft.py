@@ -17,10 +17,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from common.errors import UserError, first_line
 from common.files import make_folder, write_atomic
 from common.settings import read_toml
-from dataset.images import read_image, write_png
+from dataset.images import as_png, read_image, write_png
 from dataset.resize import Box
 from loraedit_ext.prepare.folder import JobFolder
-from loraedit_ext.prepare.given import at_source_size, read_clip, read_given, read_grey
+from loraedit_ext.prepare.given import at_source_size, check_frame, read_clip, read_given, read_grey
 from loraedit_ext.prepare.job import mask_name, prepare
 from loraedit_ext.prepare.prompts import prompts_of
 from loraedit_ext.prepare.request import Point, Request
@@ -122,7 +122,7 @@ class Draft:
 
     def picture(self, frame: int) -> bytes:
         """A frame to edit, as PNG."""
-        return _png(self._frame(frame))
+        return as_png(self._frame(frame))
 
     def edited(self, frame: int) -> bytes:
         """The edited picture of a frame, as JPEG of the source's size."""
@@ -176,7 +176,7 @@ class Draft:
         stem, suffix = re.sub(r"[^\w-]+", "_", Path(name).stem), Path(name).suffix.lower()
         path = self.request.out / f"edited_{frame:05d}_{stem}{suffix}"
         with self._changing, tempfile.TemporaryDirectory() as folder:
-            arrived = Path(folder) / Path(path.name)
+            arrived = Path(folder) / path.name
             arrived.write_bytes(data)
             at_source_size(arrived, read_image(arrived), self._clip)
             make_folder(self.request.out, cure="Choose another --out.")
@@ -258,8 +258,7 @@ class Draft:
         return self._sam
 
     def _frame(self, frame: int) -> np.ndarray:
-        if not 0 <= frame < len(self._clip.frames):
-            raise UserError(f"frame {frame}: the clip has frames 0 to {len(self._clip.frames) - 1}.")
+        check_frame(f"frame {frame}", frame, self._clip)
         return self._clip.frames[frame]
 
     def _given(self, kind: Kind, frame: int) -> Path:
@@ -273,9 +272,8 @@ class Draft:
 
     def _by_hand(self) -> list[int]:
         """Frames whose mask a person made or changed."""
-        folder, source = JobFolder(self.request.out), self.request.in_source
-        names = {frame: mask_name(source(frame)) for frame in range(len(self._clip.frames))}
-        return [frame for frame, name in names.items() if (folder.path / name).exists() and not folder.is_ours(name)]
+        folder, request = JobFolder(self.request.out), self.request
+        return [frame for frame in range(len(self._clip.frames)) if folder.keeps(mask_name(request.in_source(frame)))]
 
     def _read_layer(self, data: bytes) -> np.ndarray:
         """uint8 (H, W), white where the layer is opaque."""
@@ -287,10 +285,6 @@ class Draft:
 
 def _jpeg(image: np.ndarray) -> bytes:
     return cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), _JPEG)[1].tobytes()
-
-
-def _png(image: np.ndarray) -> bytes:
-    return cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
 
 
 def _layer(grey: np.ndarray) -> bytes:

@@ -69,7 +69,7 @@ def read_given(request: Request, clip: Video) -> Given:
     errors, edited, drawn, told, aligned = ErrorCollector(), {}, {}, [], set()
     for frame in request.pictures:
         with errors.catch():
-            _check_frame(f"--frame {frame}", frame, clip)
+            check_frame(f"--frame {frame}", frame, clip)
     for flag, pixels in (("--click", request.clicks), ("--not", request.background)):
         for frame in sorted(pixels):
             for x, y in pixels[frame]:
@@ -77,7 +77,7 @@ def read_given(request: Request, clip: Video) -> Given:
                     _check_pixel(f"{flag} {frame}:{x},{y}", frame, (x, y), clip)
     for frame, path in sorted(request.edited.items()):
         with errors.catch():
-            _check_frame(f"edited picture of frame {frame}", frame, clip)
+            check_frame(f"edited picture of frame {frame}", frame, clip)
             picture = read_image(path)
             edited[frame] = at_source_size(path, picture, clip)
             if edited[frame] is not picture:
@@ -88,20 +88,21 @@ def read_given(request: Request, clip: Video) -> Given:
                 told.append(f"{path.name}: what it shows lies up to {off.pixels:.1f} pixels off its frame; brought into line")
     for frame in sorted({*request.boxes, *request.painted}):
         with errors.catch():
-            _check_frame(f"region of frame {frame}", frame, clip)
+            check_frame(f"region of frame {frame}", frame, clip)
             drawn[frame] = _drawn(request, clip, frame)
     errors.raise_if_any()
     regions = drawn or {frame: _region_of_edit(request, clip, frame, picture) for frame, picture in edited.items()}
     return Given(edited, regions, frozenset(aligned), told)
 
 
-def _check_frame(what: str, frame: int, clip: Video) -> None:
+def check_frame(what: str, frame: int, clip: Video) -> None:
+    """Refuse a frame that the clip does not have, as a `UserError` about `what`."""
     if not 0 <= frame < len(clip.frames):
         raise UserError(f"{what}: the clip has frames 0 to {len(clip.frames) - 1}, counted from --start.")
 
 
 def _check_pixel(what: str, frame: int, pixel: Point, clip: Video) -> None:
-    _check_frame(what, frame, clip)
+    check_frame(what, frame, clip)
     width, height = clip.size
     if not (0 <= pixel[0] < width and 0 <= pixel[1] < height):
         raise UserError(f"{what}: is outside the picture of {width}x{height} pixels; expected X from 0 to {width - 1} and Y "

@@ -73,9 +73,9 @@ class Request:
         by_frame = [
             *(("--edited", frame, path) for frame, path in sorted(self.edited.items())),
             *(("--painted", frame, path) for frame, path in sorted(self.painted.items())),
-            *(("--box", frame, numbers(box)) for frame, box in sorted(self.boxes.items())),
-            *(("--click", frame, numbers(pixel)) for frame, pixels in sorted(self.clicks.items()) for pixel in pixels),
-            *(("--not", frame, numbers(pixel)) for frame, pixels in sorted(self.background.items()) for pixel in pixels),
+            *(("--box", frame, _numbers(box)) for frame, box in sorted(self.boxes.items())),
+            *(("--click", frame, _numbers(pixel)) for frame, pixels in sorted(self.clicks.items()) for pixel in pixels),
+            *(("--not", frame, _numbers(pixel)) for frame, pixels in sorted(self.background.items()) for pixel in pixels),
         ]
         words = ["--source", str(self.source), "--out", str(self.out)]
         words += [word for flag, frame, value in by_frame for word in (flag, f"{frame}:{value}")]
@@ -105,7 +105,7 @@ class Request:
         errors.raise_if_any()
 
 
-def numbers(values: Iterable[int]) -> str:
+def _numbers(values: Iterable[int]) -> str:
     """A box or a pixel as its flag has it."""
     return ",".join(map(str, values))
 

@@ -445,7 +445,7 @@ def test_a_stretched_schedule_ends_with_the_time(pool: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(training, "learn", timed)
     loop.run(training)
-    assert len(rates) == training.step == pytest.approx(20, abs=2)
+    assert len(rates) == training.step == pytest.approx(20, abs=1)
     assert training.planned == pytest.approx(training.step, abs=2)
     assert max(rates[: len(rates) // 2]) > 10 * rates[-1]
     with pytest.raises(UserError, match="--minutes"):

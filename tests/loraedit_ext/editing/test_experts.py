@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import weakref
-from functools import partial
 
 import numpy as np
 import pytest
@@ -28,6 +27,7 @@ from models.wan.checkpoint import WanCheckpoint
 from tests.conftest import write_edit_folder
 from tests.loraedit_ext.editing.test_editor import frames_of
 from tests.loraedit_ext.test_wan22 import lora_file, model_of
+from tests.models.test_blocks import traced
 from tests.models.test_parking import Moves, memory_of, unmapped
 
 CPU = torch.device("cpu")
@@ -214,7 +214,7 @@ def test_an_edit_in_one_piece_moves_nothing(trained, host, monkeypatch):
 
 def test_compiled_programs_are_kept(trained, host, monkeypatch):
     """Dynamo's, that is; the C++ compiler behind it takes a minute and is left out."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    traced(monkeypatch, "eager")
     torch._dynamo.reset()
     counters.clear()
     host(PLENTY)

@@ -9,7 +9,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -37,6 +36,7 @@ from loraedit_ext.evaluation.charts import Series, line_chart, ticks
 from loraedit_ext.evaluation.judge import judge
 from loraedit_ext.evaluation.subject import Files, Subject, from_edit, from_files, newest_edit
 from loraedit_ext.lora import LoraFile
+from tests.browser import document_of
 
 FRAMES, SIDE = 5, 64
 BOX = (slice(16, 48), slice(16, 48))
@@ -407,15 +407,8 @@ def test_overlay_and_difference_show_the_region(folder):
 
 
 def test_the_script_runs_in_a_browser(page_path, tmp_path):
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no chromium on this machine")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
-             "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}", "--dump-dom"]  # fmt: skip
-    done = subprocess.run(
-        [browser, *flags, page_path.as_uri()], capture_output=True, text=True, timeout=300, check=True
-    )
-    assert re.search(r'class="cursor"[^>]*x1="\d', done.stdout), "the script places the cursor when it gets to its end"
+    shown = document_of(page_path.as_uri(), tmp_path)
+    assert re.search(r'class="cursor"[^>]*x1="\d', shown), "the script places the cursor when it gets to its end"
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ from loraedit_ext.evaluation.suite.settings import load_suite
 from loraedit_ext.evaluation.suite.statistics import Estimate, estimate, paired, t_quantile
 from loraedit_ext.evaluation.suite.tasks import BENCHMARK, GUARD, LISTS, QUICK, REPLICATION, VALIDATION, TaskMedia
 from pretraining.clips import HELD_OUT
+from tests.browser import document_of
 
 TASK = BENCHMARK[3]
 SHORT = ("suite.steps=1", "suite.appearance_steps=2", "suite.seeds=[0]", "suite.jobs=1", "edit.steps=1",
@@ -349,9 +350,6 @@ def test_the_page_has_every_number_and_the_videos_side_by_side(done: tuple[Path,
 
 
 def test_a_click_on_a_heading_sorts_in_a_browser(done: tuple[Path, Results, list[str]], tmp_path: Path) -> None:
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("no chromium on this machine")
     clicks = """<script>
 const order = () => [...document.querySelectorAll("#mean-table tbody tr")].map(row => row.cells[1].dataset.value).join();
 const other = () => document.querySelector("#task-table tbody").textContent;
@@ -361,10 +359,7 @@ document.body.dataset.found = JSON.stringify([...found, String(before === other(
 </script>"""
     html_file = tmp_path / "page.html"
     html_file.write_text((done[0] / "results.html").read_text().replace("</body>", clicks + "</body>"))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking",
-             "--no-first-run", "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}"]  # fmt: skip
-    dom = subprocess.run([browser, *flags, "--dump-dom", html_file.as_uri()], capture_output=True, text=True, timeout=300,
-                         check=True).stdout  # fmt: skip
+    dom = document_of(html_file.as_uri(), tmp_path)
     rising, falling, alone = json.loads(html.unescape(re.search(r'data-found="([^"]*)"', dom)[1]))
     values = [float(text) for text in rising.split(",")]
     assert values == sorted(values)

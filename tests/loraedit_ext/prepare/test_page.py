@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from dataset.video_writer import write_images
 from loraedit_ext.prepare.job import prepare
 from loraedit_ext.prepare.page import PageServer
 from loraedit_ext.prepare.request import Request
+from tests.browser import document_of
 
 ROOT = Path(__file__).parents[3]
 BOX = (20, 16, 24, 20)
@@ -270,11 +270,6 @@ def test_the_verb_serves_until_it_is_interrupted(folder):
 
 
 def test_the_script_draws_in_a_browser(browser, tmp_path):
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("no chromium on this machine")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}",
-             "--virtual-time-budget=5000", "--dump-dom"]  # fmt: skip
-    done = subprocess.run([program, *flags, browser.server.address], capture_output=True, text=True, timeout=300, check=True)
-    assert "9 of 9 frames, 16 a second, 96×64" in done.stdout
-    assert 'width="96" height="64"' in done.stdout
+    shown = document_of(browser.server.address, tmp_path / "profile", "--virtual-time-budget=5000")
+    assert "9 of 9 frames, 16 a second, 96×64" in shown
+    assert 'width="96" height="64"' in shown

@@ -32,6 +32,7 @@ from common.errors import UserError
 from dataset.images import write_png
 from loraedit_ext.prepare.captioner import EDITED_QUESTION, QUESTION, Captioner, sentence
 from loraedit_ext.prepare.draft import Draft, Drawn
+from tests.loraedit_ext.prepare.test_page import NOTHING
 
 SPECIAL = ("<s>", "</s>", "<pad>", "[UNK]", "<image>")
 TEMPLATE = (
@@ -205,11 +206,10 @@ def test_a_job_that_was_edited_by_hand_is_not_captioned(job, tiny_llava):
 def test_on_the_page_a_caption_is_asked_for_once(job, tiny_llava):
     """Then it stands there to be read and mended."""
     draft = Draft(verb._request(verb._parser().parse_args([*job, "--captioner", str(tiny_llava)])))
-    drawn = {"boxes": {}, "clicks": {}, "background": {}, "margin": 0.1, "caption": "", "edited_caption": ""}
-    draft.prepare(Drawn(**drawn))
+    draft.prepare(Drawn(**NOTHING))
     shown = {name: draft.facts()[name] for name in ("caption", "edited_caption")}
     assert shown == written(job)
-    lines = draft.prepare(Drawn(**(drawn | shown | {"caption": "a plate"})))
+    lines = draft.prepare(Drawn(**(NOTHING | shown | {"caption": "a plate"})))
     assert not any(line.startswith("caption") for line in lines)
     assert written(job) == shown | {"caption": "a plate"}
 

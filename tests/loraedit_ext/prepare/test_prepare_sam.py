@@ -35,6 +35,7 @@ from loraedit_ext.prepare.prompts import Prompt, prompts_of
 from loraedit_ext.prepare.regions import filled, from_box, from_picture, widened
 from loraedit_ext.prepare.request import Request, grouped
 from loraedit_ext.prepare.sam import Sam2
+from tests.loraedit_ext.prepare.test_page import NOTHING
 
 ROOT = Path(__file__).parents[3]
 SIDE, HEIGHT, WIDTH = 64, 48, 80
@@ -401,8 +402,7 @@ def page_of(folder: Path, sam: Path | None) -> Draft:
 
 
 def drawn(**marks) -> Drawn:
-    nothing = {"boxes": {}, "clicks": {}, "background": {}, "margin": 0.1, "caption": "", "edited_caption": ""}
-    return Drawn(**(nothing | marks))
+    return Drawn(**(NOTHING | marks))
 
 
 def test_the_page_shows_the_outline_of_a_frame_as_the_job_will_have_it(folder, tiny_sam, sam):
